@@ -1,0 +1,1 @@
+"""Composable gradient transformations for JAX."""
