@@ -1,1 +1,82 @@
-"""Composable gradient transformations for JAX."""
+"""Composable gradient transformations for JAX: what networks are trained with after optax."""
+
+from optlab import layout
+from optlab.layout import MatrixView
+from optlab.recipes import (
+    adabelief,
+    adagrad_norm,
+    adamp,
+    allora,
+    diffgrad,
+    lamb,
+    lars,
+    lion,
+    lion_k,
+    nap,
+    sgd_sai,
+    sgdp,
+    signum,
+)
+from optlab.schedules.shapes import wsd
+from optlab.transforms import kappa
+from optlab.transforms.adaptive import (
+    scale_by_adagrad_norm,
+    scale_by_belief,
+    scale_by_diffgrad,
+    scale_by_friction,
+    scale_by_moments,
+)
+from optlab.transforms.decay import add_cautious_decay, decay_after_update
+from optlab.transforms.momentum import (
+    ema_from_first,
+    interpolate_momentum,
+    with_previous_updates,
+)
+from optlab.transforms.radial import normalize_and_project, project_radial, remove_radial
+from optlab.transforms.sign import apply_kappa, scale_by_lion_k, scale_by_sign_momentum
+from optlab.transforms.trust_ratio import (
+    scale_by_initial_snr,
+    scale_by_inverse_row_norm,
+    scale_by_trust_ratio,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MatrixView",
+    "adabelief",
+    "adagrad_norm",
+    "adamp",
+    "add_cautious_decay",
+    "allora",
+    "apply_kappa",
+    "decay_after_update",
+    "diffgrad",
+    "ema_from_first",
+    "interpolate_momentum",
+    "kappa",
+    "lamb",
+    "lars",
+    "layout",
+    "lion",
+    "lion_k",
+    "nap",
+    "normalize_and_project",
+    "project_radial",
+    "remove_radial",
+    "scale_by_adagrad_norm",
+    "scale_by_belief",
+    "scale_by_diffgrad",
+    "scale_by_friction",
+    "scale_by_initial_snr",
+    "scale_by_inverse_row_norm",
+    "scale_by_lion_k",
+    "scale_by_moments",
+    "scale_by_sign_momentum",
+    "scale_by_trust_ratio",
+    "sgd_sai",
+    "sgdp",
+    "signum",
+    "with_previous_updates",
+    "wsd",
+]

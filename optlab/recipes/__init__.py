@@ -1,0 +1,22 @@
+"""Recipes: one function per paper, each a short chain of primitives."""
+
+from optlab.recipes.elementwise import adabelief, adagrad_norm, diffgrad
+from optlab.recipes.layerwise import allora, lamb, lars, sgd_sai
+from optlab.recipes.radial import adamp, nap, sgdp
+from optlab.recipes.sign import lion, lion_k, signum
+
+__all__ = [
+    "adabelief",
+    "adagrad_norm",
+    "adamp",
+    "allora",
+    "diffgrad",
+    "lamb",
+    "lars",
+    "lion",
+    "lion_k",
+    "nap",
+    "sgd_sai",
+    "sgdp",
+    "signum",
+]

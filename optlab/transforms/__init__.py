@@ -1,0 +1,1 @@
+"""Primitives: one role a file, each an `optax.GradientTransformation` that works alone."""

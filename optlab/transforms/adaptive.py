@@ -1,0 +1,348 @@
+"""Second-moment scalings that optax lacks."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from optlab import _checks, _leafwise
+from optlab.linalg import norms
+from optlab.transforms.momentum import with_previous_updates
+
+
+class ScaleByMomentsState(NamedTuple):
+    """State of `scale_by_moments`, `scale_by_belief` and `scale_by_friction`."""
+
+    count: jax.Array  # int32, (): updates seen
+    mu: optax.Updates  # first moment, in the parameter's shape
+    nu: optax.Updates  # second moment, in the parameter's shape
+
+
+class ScaleByMaxMomentsState(NamedTuple):
+    """The same with AMSGrad's maximum."""
+
+    count: jax.Array  # int32, (): updates seen
+    mu: optax.Updates  # first moment, in the parameter's shape
+    nu: optax.Updates  # second moment, in the parameter's shape
+    nu_max: optax.Updates  # largest second moment so far, in the parameter's shape
+
+
+class ScaleByAdagradNormState(NamedTuple):
+    """State of `scale_by_adagrad_norm`."""
+
+    sum_of_squares: jax.Array  # float32, () or (leaves,): b_t^2
+
+
+def _check_adam(name, b1, b2, mu_dtype, **nonnegative) -> None:
+    _checks.check_decay(name, b1=b1, b2=b2)
+    _checks.check_nonnegative(name, **nonnegative)
+    _checks.check_dtype(name, mu_dtype=mu_dtype)
+
+
+def _moments(name, make_leaf, mu_dtype, *, amsgrad=False, reads=()):
+    state_type = ScaleByMaxMomentsState if amsgrad else ScaleByMomentsState
+    dtypes = (mu_dtype, None, None) if amsgrad else (mu_dtype, None)
+    return _leafwise.stateful(name, state_type, dtypes, make_leaf, reads=reads)
+
+
+def _lerp(decay: ArrayLike, old: jax.Array, new: jax.Array) -> jax.Array:
+    return decay * old + (1 - decay) * new
+
+
+def _correction(decay: ArrayLike, count: jax.Array) -> jax.Array:
+    """Return 1 - decay^count."""
+    if isinstance(decay, int | float):
+        # 1 - 0.999 loses 13 bits of float32; its logarithm, taken in float64, loses none.
+        return -jnp.expm1(count * (math.log(decay) if decay else -math.inf))
+    return 1 - decay**count
+
+
+def scale_by_moments(
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    bias_correction: bool = True,
+    nesterov: bool = False,
+    mu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Rescale by Adam's moments, in the two forms that `optax.scale_by_adam` does not have.
+
+    mu <- b1 mu + (1 - b1) g,   nu <- b2 nu + (1 - b2) g^2,
+    u = mu/c1 / (sqrt(nu/c2) + eps),   c_i = 1 - b_i^t with bias_correction, else 1.
+    With nesterov, (b1 mu + (1 - b1) g)/c1 replaces mu/c1: one correction for both terms, as in
+    AdamP's code, not NAdam's.
+
+    Args:
+      b1: rate of the first moment, in [0, 1).
+      b2: rate of the second moment, in [0, 1).
+      eps: added to the root, >= 0.
+      bias_correction: divide by c_1 and c_2; without it this is LAMB's first code. (static)
+      nesterov: look one step ahead. (static)
+      mu_dtype: dtype of mu; None for the parameter's. (static)
+
+    Returns:
+      A transformation whose entries are about 1 in size.
+
+    State:
+      mu, nu: the parameter's shape; 8 bytes per float32 parameter.
+
+    Example:
+      >>> import jax.numpy as jnp, optlab
+      >>> tx = optlab.scale_by_moments()
+      >>> u, _ = tx.update(jnp.array([4.0]), tx.init(jnp.zeros(1)))
+      >>> print(u)
+      [1.]
+    """
+    name = "scale_by_moments"
+    _check_adam(name, b1, b2, mu_dtype, eps=eps)
+
+    def make_leaf(count):
+        c1, c2 = (_correction(b, count) if bias_correction else 1.0 for b in (b1, b2))
+
+        def leaf(path, g, mu, nu, p):
+            del path, p
+            mu, nu = _lerp(b1, mu, g), _lerp(b2, nu, g * g)
+            ahead = _lerp(b1, mu, g) if nesterov else mu
+            return ahead / c1 / (jnp.sqrt(nu / c2) + eps), mu, nu
+
+        return leaf
+
+    return _moments(name, make_leaf, mu_dtype)
+
+
+def rectification(b2: ArrayLike, count: jax.Array, *, threshold: float = 5.0):
+    """Return RAdam's variance rectification r_t and whether the variance is tractable.
+
+    N_inf = 2/(1 - b2) - 1,  N_t = N_inf - 2 t b2^t/(1 - b2^t);  where N_t >= threshold,
+    r_t = sqrt((N_t - 4)(N_t - 2) N_inf / ((N_inf - 4)(N_inf - 2) N_t)), else 1 and False.
+    """
+    n_inf, remaining = 2 / (1 - b2) - 1, _correction(b2, count)
+    n = n_inf - 2 * count * (1 - remaining) / remaining
+    tractable = n >= threshold
+    safe = jnp.where(tractable, n, threshold)
+    r2 = (safe - 4) * (safe - 2) * n_inf / ((n_inf - 4) * (n_inf - 2) * safe)
+    # A b2 under 0.6 has N_inf < 4 and never becomes tractable; its r2 may be anything.
+    return jnp.sqrt(jnp.where(tractable, r2, 1.0)), tractable
+
+
+def scale_by_belief(
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-16,
+    eps_root: ArrayLike | None = None,
+    *,
+    accumulate_eps: bool = True,
+    amsgrad: bool = False,
+    rectify: bool = False,
+    mu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Rescale by the deviation of the gradient from its average (AdaBelief).
+
+    mu <- b1 mu + (1 - b1) g,   s <- b2 s + (1 - b2)(g - mu)^2 + eps_root,
+    u = mu/c1 / (sqrt(s/c2) + eps),   c_i = 1 - b_i^t.
+    `optax.scale_by_belief` is this form; it has none of the keywords below.
+
+    Args:
+      b1: rate of the average, in [0, 1).
+      b2: rate of the deviation, in [0, 1).
+      eps: added to the root, >= 0.
+      eps_root: added under the root, >= 0; None for `eps`. A constant gradient is divided by
+        sqrt(eps_root/(1 - b2)), so the default makes enormous steps on it.
+      accumulate_eps: add eps_root to s itself, so that it gathers to eps_root/(1 - b2), as the
+        authors' code does; False adds it to s/c2 at every step anew. (static)
+      amsgrad: divide by the largest s so far; ignored by rectify. (static)
+      rectify: RAdam's factor on s without c2, and u = mu/c1 while the variance is intractable. (static)
+      mu_dtype: dtype of mu; None for the parameter's. (static)
+
+    Returns:
+      A transformation whose entries are about 1 in size for a noisy gradient, larger for a steady one.
+
+    State:
+      mu, nu: the parameter's shape; 8 bytes per float32 parameter, 12 with amsgrad.
+
+    Example:
+      >>> import jax.numpy as jnp, optlab
+      >>> tx = optlab.scale_by_belief(eps=1e-8)
+      >>> u, _ = tx.update(jnp.array([1.0]), tx.init(jnp.zeros(1)))
+      >>> print(f"{u[0]:.3f}")
+      1.111
+    """
+    name = "scale_by_belief"
+    eps_root = eps if eps_root is None else eps_root
+    _check_adam(name, b1, b2, mu_dtype, eps=eps, eps_root=eps_root)
+
+    def make_leaf(count):
+        c1, c2 = _correction(b1, count), _correction(b2, count)
+        r, tractable = rectification(b2, count)
+
+        def direction(mu, s):
+            if not accumulate_eps:
+                s = s + eps_root * c2
+            if not rectify:
+                return mu / c1 / (jnp.sqrt(s / c2) + eps)
+            return jnp.where(tractable, r * jnp.sqrt(c2) / (jnp.sqrt(s) + eps), 1.0) * mu / c1
+
+        def leaf(path, g, mu, s, *rest):
+            del path
+            mu = _lerp(b1, mu, g)
+            s = _lerp(b2, s, (g - mu) ** 2) + (eps_root if accumulate_eps else 0)
+            if not amsgrad:
+                return direction(mu, s), mu, s
+            s_max = jnp.maximum(rest[0], s)
+            return direction(mu, s if rectify else s_max), mu, s, s_max
+
+        return leaf
+
+    return _moments(name, make_leaf, mu_dtype, amsgrad=amsgrad)
+
+
+def scale_by_friction(
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    eps_root: ArrayLike = 0.0,
+    official: bool = False,
+    amsgrad: bool = False,
+    mu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Rescale as `scale_by_diffgrad`, reading the last gradient from `previous_updates`.
+
+    The same rule without its memory: put the whole chain into `with_previous_updates`, as the
+    recipe `diffgrad` does, and the memory is overwritten in place.
+
+    Args:
+      b1: rate of the first moment, in [0, 1).
+      b2: rate of the second moment, in [0, 1).
+      eps: added to the root, >= 0.
+      eps_root: added under the root, >= 0.
+      official: see `scale_by_diffgrad`. (static)
+      amsgrad: divide by the largest second moment so far. (static)
+      mu_dtype: dtype of mu; None for the parameter's. (static)
+
+    Returns:
+      A transformation that needs the extra argument `previous_updates`.
+
+    State:
+      mu, nu: the parameter's shape; 8 bytes per float32 parameter, 12 with amsgrad.
+
+    Example:
+      >>> import jax.numpy as jnp, optlab
+      >>> tx = optlab.with_previous_updates(optlab.scale_by_friction())
+      >>> u, _ = tx.update(jnp.array([100.0]), tx.init(jnp.zeros(1)))
+      >>> print(u)
+      [1.]
+    """
+    name = "scale_by_friction"
+    _check_adam(name, b1, b2, mu_dtype, eps=eps, eps_root=eps_root)
+
+    def make_leaf(count):
+        c1, c2 = _correction(b1, count), _correction(b2, count)
+        # Official: eps beside the uncorrected root, the corrections in front of the quotient.
+        in_root, in_front = (1.0, jnp.sqrt(c2) / c1) if official else (c2, 1 / c1)
+
+        def leaf(path, g, mu, nu, *rest):
+            del path
+            *nu_max, _, previous = rest
+            mu, nu = _lerp(b1, mu, g), _lerp(b2, nu, g * g)
+            nu_max = [jnp.maximum(nu, old) for old in nu_max]
+            friction = jax.nn.sigmoid(jnp.abs(previous - g))
+            root = jnp.sqrt((nu_max or [nu])[0] / in_root + eps_root)
+            return in_front * friction * mu / (root + eps), mu, nu, *nu_max
+
+        return leaf
+
+    return _moments(name, make_leaf, mu_dtype, amsgrad=amsgrad, reads=("previous_updates",))
+
+
+def scale_by_diffgrad(
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    eps_root: ArrayLike = 0.0,
+    official: bool = False,
+    amsgrad: bool = False,
+    mu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Damp Adam's step where the gradient has changed little since the last one (diffGrad).
+
+    xi = sigmoid(|g_{t-1} - g_t|), g_0 = 0;   u = xi mu/c1 / (sqrt(nu/c2 + eps_root) + eps),
+    mu, nu and c_i = 1 - b_i^t as in Adam. xi lies in [1/2, 1): gradients well below 1 give about
+    Adam at half the rate.
+
+    Args:
+      b1: rate of the first moment, in [0, 1).
+      b2: rate of the second moment, in [0, 1).
+      eps: added to the root, >= 0.
+      eps_root: added under the root, >= 0.
+      official: add eps to sqrt(nu) before the bias correction, as the authors' code does; the
+        effective eps is then eps/sqrt(c2). (static)
+      amsgrad: divide by the largest second moment so far, an extension of a third-party port. (static)
+      mu_dtype: dtype of mu; None for the parameter's. (static)
+
+    Returns:
+      A transformation whose entries are at most Adam's.
+
+    State:
+      previous, mu, nu: the parameter's shape; 12 bytes per float32 parameter, 16 with amsgrad.
+
+    Example:
+      >>> import jax.numpy as jnp, optlab
+      >>> tx = optlab.scale_by_diffgrad()
+      >>> u, _ = tx.update(jnp.array([1e-6]), tx.init(jnp.zeros(1)))
+      >>> print(f"{u[0]:.3f}")
+      0.500
+    """
+    friction = scale_by_friction(
+        b1, b2, eps, eps_root=eps_root, official=official, amsgrad=amsgrad, mu_dtype=mu_dtype
+    )
+    return with_previous_updates(friction)
+
+
+def scale_by_adagrad_norm(
+    b0: ArrayLike = 0.1, *, per_leaf: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Divide by the root of the sum of all squared gradient norms so far (AdaGrad-Norm).
+
+    b_t^2 = b_{t-1}^2 + |g_t|^2,   u = g_t/b_t, the current gradient included; one scalar for the
+    whole tree, so the direction is the gradient's. 0 where b_t is 0.
+
+    Args:
+      b0: initial b, >= 0; the method converges for any b0 > 0.
+      per_leaf: keep one b for every leaf. (static)
+
+    Returns:
+      A transformation with output norm at most 1.
+
+    State:
+      sum_of_squares: one float32 scalar, or one per leaf.
+
+    Example:
+      >>> import jax.numpy as jnp, optlab
+      >>> tx = optlab.scale_by_adagrad_norm(b0=4.0)
+      >>> u, _ = tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))
+      >>> print(u)
+      [0.6]
+    """
+    name = "scale_by_adagrad_norm"
+    _checks.check_nonnegative(name, b0=b0)
+
+    def init(params):
+        _leafwise.check_tree(name, params)
+        shape = (_leafwise.leaf_count(params),) if per_leaf else ()
+        return ScaleByAdagradNormState(jnp.full(shape, b0, jnp.float32) ** 2)
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        squares = _leafwise.scalars(name, lambda _, u, p: norms.sum_of_squares(u), updates)
+        new = squares if per_leaf else jnp.sum(squares)
+        total = state.sum_of_squares + new.astype(state.sum_of_squares.dtype)
+        inverse = norms.safe_divide(1.0, jnp.sqrt(total))
+        return _leafwise.scale_leaves(name, updates, inverse), ScaleByAdagradNormState(total)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,191 @@
+"""First moments beside optax's `ema` and `trace`."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from optlab import _checks, _leafwise
+
+
+class InterpolateMomentumState(NamedTuple):
+    """State of `interpolate_momentum`."""
+
+    mu: optax.Updates  # the average, in the parameter's shape
+
+
+class EmaFromFirstState(NamedTuple):
+    """State of `ema_from_first`."""
+
+    count: jax.Array  # int32, (): updates seen
+    mu: optax.Updates  # the average, in the parameter's shape
+
+
+class PreviousUpdatesState(NamedTuple):
+    """State of `with_previous_updates`."""
+
+    previous: optax.Updates  # the updates of the last step, in the parameter's shape
+    inner: optax.OptState
+
+
+def _reads_new_average(b1: ArrayLike, b2: ArrayLike) -> bool:
+    static = isinstance(b1, int | float) and isinstance(b2, int | float)
+    return static and b2 > 0 and b1 <= 2 * b2
+
+
+def interpolate_momentum(
+    b1: ArrayLike = 0.9, b2: ArrayLike = 0.99, *, mu_dtype: DTypeLike | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Emit an interpolation of gradient and average that uses another rate than the average.
+
+    With mu_0 = 0:  u_t = b1 mu_{t-1} + (1 - b1) g_t,   mu_t = b2 mu_{t-1} + (1 - b2) g_t.
+
+    This is Lion's momentum. b1 = b2 is a plain average without bias correction, b1 < b2 looks
+    ahead as Nesterov's does, b1 = 0 is the gradient itself.
+
+    For Python numbers with 0 < b1/b2 <= 2 the same u_t is computed as r mu_t + (1 - r) g_t,
+    r = b1/b2. Both read the new average only, so with donated state XLA overwrites mu in place; the
+    textbook form costs a copy of mu on CPU (100 % of its bytes, and about twice the time). The two
+    differ by max(1, r) roundings. Rates given as arrays take the textbook form.
+
+    Args:
+      b1: rate of the emitted interpolation, in [0, 1).
+      b2: rate of the stored average, in [0, 1).
+      mu_dtype: dtype of the average; None for the parameter's. (static)
+
+    Returns:
+      A transformation whose output has the size of a gradient.
+
+    State:
+      mu: the parameter's shape; 4 bytes per float32 parameter.
+
+    Example:
+      >>> import jax.numpy as jnp, optlab
+      >>> tx = optlab.interpolate_momentum(0.9, 0.99)
+      >>> u, _ = tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))
+      >>> print(u)
+      [0.1 0.1]
+    """
+    name = "interpolate_momentum"
+    _checks.check_decay(name, b1=b1, b2=b2)
+    _checks.check_dtype(name, mu_dtype=mu_dtype)
+
+    def leaf(path, g, mu, p):
+        del path, p
+        new = b2 * mu + (1 - b2) * g
+        if not _reads_new_average(b1, b2):
+            return b1 * mu + (1 - b1) * g, new
+        r = b1 / b2
+        return (new if r == 1 else r * new + (1 - r) * g), new
+
+    return _leafwise.stateful(name, InterpolateMomentumState, (mu_dtype,), lambda: leaf)
+
+
+def ema_from_first(
+    decay: ArrayLike, *, mu_dtype: DTypeLike | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Average the updates, starting from the first one instead of from zero.
+
+    mu_1 = g_1,  mu_t = decay mu_{t-1} + (1 - decay) g_t; emits mu_t.
+
+    `optax.ema` starts from zero, and its bias correction weighs the first gradients differently.
+
+    Args:
+      decay: rate in [0, 1).
+      mu_dtype: dtype of the average; None for the parameter's. (static)
+
+    Returns:
+      A transformation whose output has the size of a gradient.
+
+    State:
+      mu: the parameter's shape; 4 bytes per float32 parameter.
+
+    Example:
+      >>> import jax.numpy as jnp, optlab
+      >>> tx = optlab.ema_from_first(0.9)
+      >>> u, _ = tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))
+      >>> print(u)
+      [1. 1.]
+    """
+    name = "ema_from_first"
+    _checks.check_decay(name, decay=decay)
+    _checks.check_dtype(name, mu_dtype=mu_dtype)
+
+    def make_leaf(count):
+        keep = jnp.where(count == 1, 0.0, decay)
+
+        def leaf(path, g, mu, p):
+            del path, p
+            new = keep * mu + (1 - keep) * g
+            return new, new
+
+        return leaf
+
+    return _leafwise.stateful(name, EmaFromFirstState, (mu_dtype,), make_leaf)
+
+
+def with_previous_updates(
+    inner: optax.GradientTransformation,
+    *,
+    last: bool = False,
+    mu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Hand `inner` the updates of the step before, as the extra argument `previous_updates`.
+
+    The first step hands over zeros. Every link inside a chain receives the argument, so a rule that
+    compares two gradients needs no memory of its own.
+
+    Args:
+      inner: the transformation to feed.
+      last: promise that what `inner` emits is added to the parameters as it is. The gradient is
+        then remembered only where the new parameter is finite, and the comparison makes XLA read
+        the old memory before it overwrites it in place: without the promise a donated state is
+        copied on CPU (100 % of its bytes). Needs params. (static)
+      mu_dtype: dtype of the memory; None for the parameter's. (static)
+
+    Returns:
+      `inner`'s output.
+
+    State:
+      previous: the parameter's shape; 4 bytes per float32 parameter. inner: `inner`'s own.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optlab
+      >>> def difference(u, state, params=None, *, previous_updates, **extra_args):
+      ...     return u - previous_updates, state
+      >>> change = optax.GradientTransformationExtraArgs(optax.init_empty_state, difference)
+      >>> tx = optlab.with_previous_updates(change)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for g in (1.0, 3.0):
+      ...     u, state = tx.update(jnp.full(2, g), state)
+      >>> print(u)
+      [2. 2.]
+    """
+    name = "with_previous_updates"
+    _checks.check_transform(name, "inner", inner)
+    _checks.check_dtype(name, mu_dtype=mu_dtype)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params):
+        return PreviousUpdatesState(
+            _leafwise.init_slots(name, params, mu_dtype), inner.init(params)
+        )
+
+    def remember(path, g, previous, p, u):
+        del path
+        return g, (jnp.where(jnp.isfinite(p + u), g, 0) if last else g)
+
+    def update(updates, state, params=None, **extra_args):
+        if last:
+            _leafwise.require_params(name, params)
+        # Inside, a leaf sees its own dtype: what was stored narrow is widened by the shell.
+        new, inner_state = inner.update(
+            updates, state.inner, params, **(extra_args | {"previous_updates": state.previous})
+        )
+        tie = {"params": params, "others": (new,)} if last else {"others": (new,)}
+        _, previous = _leafwise.leafwise(name, remember, updates, (state.previous,), **tie)
+        return new, PreviousUpdatesState(previous, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
