@@ -1,0 +1,1 @@
+"""The command line: `optlab race` and `optlab list`."""

@@ -1,0 +1,150 @@
+"""The picture of a race: held-out loss against steps and against seconds."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from optlab.lab import report
+
+# Distinguishable with the common colour deficiencies and on a projector; AdamW is the dark one.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7B5BA6", "#8C564B")
+_REFERENCE, _INK, _FAINT = "#222222", "#333333", "#8A8A8A"
+
+
+def _colours(names: list[str]) -> dict[str, str]:
+    others = [name for name in names if name != report.REFERENCE]
+    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(others)}
+    return {report.REFERENCE: _REFERENCE, **colours}
+
+
+def _limits(results: dict[str, Any]) -> tuple[float, float]:
+    """Return the range of losses worth looking at: the first tenth of the run may leave it."""
+    curves = [c["held_out"] for c in results["losses"].values() if c["held_out"]]
+    low = min(min(curve) for curve in curves)
+    late = [value for curve in curves for value in curve[len(curve) // 10 :]]
+    best = min(max(curve[len(curve) // 10 :]) for curve in curves)
+    high = min(max(late), low + 1.5 * max(best - low, 1e-3))
+    room = 0.05 * (high - low)
+    return low - room, high + room
+
+
+def _spread(wanted: list[float], gap: float) -> list[float]:
+    """Push labels apart to at least `gap`, each as near as can be to where it is wanted."""
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    placed = [wanted[i] for i in order]
+    for _ in range(200):
+        for i in range(len(placed) - 1):
+            lack = gap - (placed[i + 1] - placed[i])
+            if lack > 0:
+                placed[i] -= lack / 2
+                placed[i + 1] += lack / 2
+    spots = dict(zip(order, placed, strict=True))
+    return [spots[i] for i in range(len(wanted))]
+
+
+def _style(axes: Axes, xlabel: str, limits: tuple[float, float]) -> None:
+    axes.set_ylim(*limits)
+    axes.set_xlabel(xlabel, color=_INK, fontsize=12)
+    axes.tick_params(colors=_INK, labelsize=11, length=0)
+    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#BBBBBB")
+
+
+def _draw(axes: Axes, results: dict[str, Any], xs: dict[str, list[float]], crossed: dict) -> None:
+    colours = _colours(report.standing(results))
+    last = max(x[-1] for x in xs.values() if x)
+    axes.set_xlim(0, last)
+    labelled = []
+    for name, x in xs.items():
+        losses = results["losses"][name]["held_out"]
+        if not losses:
+            continue
+        reference = name == report.REFERENCE
+        axes.plot(
+            x, losses, color=colours[name], linewidth=2.2, solid_capstyle="round",
+            linestyle=(0, (4, 1.6)) if reference else "-", zorder=3 if reference else 2,
+        )  # fmt: skip
+        labelled.append((name, x[-1], losses[-1]))
+    _mark_target(axes, results, crossed, colours, last)
+    _label(axes, results, labelled, colours, last)
+
+
+def _mark_target(
+    axes: Axes, results: dict[str, Any], crossed: dict, colours: dict, last: float
+) -> None:
+    """Draw AdamW's final loss and a dot where each other curve comes down to it."""
+    target = results["losses"].get(report.REFERENCE, {}).get("final")
+    if target is None:
+        return
+    axes.plot([0, last], [target, target], color=_FAINT, linewidth=1, linestyle=":", zorder=1)
+    for name, x in crossed.items():
+        if x is not None and name != report.REFERENCE:
+            axes.plot(
+                x, target, "o", color=colours[name], markersize=8,
+                markeredgecolor="white", markeredgewidth=1.5, zorder=4,
+            )  # fmt: skip
+
+
+def _label(
+    axes: Axes, results: dict[str, Any], labelled: list[tuple], colours: dict, last: float
+) -> None:
+    """Write each name beside the end of its curve."""
+    low, high = axes.get_ylim()
+    wanted = [min(y, high) for _, _, y in labelled]
+    for (name, x, y), spot in zip(labelled, _spread(wanted, 0.055 * (high - low)), strict=True):
+        final = results["losses"][name]["final"]
+        text = f"{name}  {final:.3f}" if final is not None else f"{name}  diverged"
+        if y <= high:
+            axes.plot(x, y, "o", color=colours[name], markersize=4.5, zorder=4, clip_on=False)
+        axes.annotate(
+            text, (last, spot), xytext=(9, 0), textcoords="offset points", va="center",
+            color=colours[name], fontsize=12, fontweight="bold", annotation_clip=False,
+        )  # fmt: skip
+
+
+def write(results: dict[str, Any], path: Path) -> None:
+    """Draw the race and save it."""
+    names = list(results["losses"])
+    steps = {name: [float(s) for s in results["losses"][name]["step"]] for name in names}
+    seconds = {name: results["timings"][name]["seconds"] for name in names}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), sharey=True)
+    if any(steps.values()):
+        limits = _limits(results)
+        _style(left, "training steps", limits)
+        _style(right, f"seconds of training, on {results['device']}", limits)
+        left.set_ylabel("held-out loss, nats per byte", color=_INK, fontsize=12)
+        _draw(left, results, steps, {n: results["losses"][n]["steps_to_adamw"] for n in names})
+        _draw(
+            right, results, seconds, {n: results["timings"][n]["seconds_to_adamw"] for n in names}
+        )
+    _title(figure, results)
+    figure.subplots_adjust(left=0.06, right=0.9, top=0.82, bottom=0.11, wspace=0.3)
+    beside = path.with_name("curves.part.png")
+    figure.savefig(beside, dpi=160)
+    beside.replace(path)
+    plt.close(figure)
+
+
+def _title(figure: Any, results: dict[str, Any]) -> None:
+    config = results["config"]
+    figure.text(
+        0.06, 0.93, f"Learning to read {results['text']}",
+        fontsize=18, fontweight="bold", color=_INK,
+    )  # fmt: skip
+    figure.text(
+        0.06, 0.88,
+        f"A byte-level GPT of {report.millions(results['parameters'])} parameters: same initial "
+        f"weights, same batches, {config['schedule']} schedule. "
+        "Dots: where a curve reaches AdamW's final loss.",
+        fontsize=12, color=_FAINT,
+    )  # fmt: skip

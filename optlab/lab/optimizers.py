@@ -1,0 +1,91 @@
+"""Optimizers and schedules by name: every recipe of optlab, and optax's two baselines."""
+
+import difflib
+from collections.abc import Callable
+
+import optax
+
+from optlab import recipes
+from optlab.lab.config import BadInput, Config
+from optlab.lab.rates import RATES
+from optlab.schedules.shapes import wsd
+
+
+def _wsd(peak: float, warmup: int, steps: int) -> optax.Schedule:
+    """Warm up, hold, and spend the last fifth of the run going down to zero."""
+    decay = steps // 5
+    return wsd(peak, warmup, max(0, steps - warmup - decay), decay)
+
+
+BASELINES: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": optax.adamw,
+    "sgd": lambda learning_rate: optax.sgd(learning_rate, momentum=0.9),
+}
+SCHEDULES: dict[str, Callable[[float, int, int], optax.Schedule]] = {
+    "constant": lambda peak, warmup, steps: optax.constant_schedule(peak),
+    "cosine": lambda peak, warmup, steps: optax.warmup_cosine_decay_schedule(
+        0.0, peak, warmup, steps
+    ),
+    "warmup_linear_decay": lambda peak, warmup, steps: optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, peak, warmup),
+            optax.linear_schedule(peak, 0.0, steps - warmup),
+        ],
+        [warmup],
+    ),
+    "wsd": _wsd,
+}
+
+
+def names() -> tuple[str, ...]:
+    """Return every name `--optimizers` takes."""
+    return (*BASELINES, *getattr(recipes, "__all__", ()))
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def check_names(asked: tuple[str, ...], option: str = "--optimizers") -> None:
+    """Refuse a name that is no optimizer, and say the nearest one that is."""
+    for name in asked:
+        if name not in names():
+            raise BadInput(
+                f"race: {option} has no optimizer of that name, got {name!r}."
+                f"{_nearest(name, list(names()))} `optlab list` prints them all."
+            )
+
+
+def check_schedule(name: str) -> None:
+    """Refuse a name that is no schedule."""
+    if name not in SCHEDULES:
+        raise BadInput(
+            f"race: --schedule must be one of {', '.join(SCHEDULES)}, got {name!r}."
+            f"{_nearest(name, list(SCHEDULES))}"
+        )
+
+
+def learning_rates(optimizers: tuple[str, ...], given: dict[str, float]) -> dict[str, float]:
+    """Return the rate of each optimizer: the given one, else the recorded sweep's best."""
+    rates = {**RATES, **given}
+    stray = [name for name in given if name not in optimizers]
+    if stray:
+        raise BadInput(
+            f"race: --lr names an optimizer that does not race, got {stray[0]!r}. "
+            f"The race has {', '.join(optimizers)}."
+        )
+    missing = [name for name in optimizers if name not in rates]
+    if missing:
+        raise BadInput(
+            f"race: {missing[0]!r} has no recorded learning rate. Write --lr {missing[0]}=RATE."
+        )
+    return {name: rates[name] for name in optimizers}
+
+
+def build(name: str, config: Config) -> optax.GradientTransformationExtraArgs:
+    """Return the transformation of that name with the race's rate and schedule."""
+    peak = config.learning_rates[name]
+    schedule = SCHEDULES[config.schedule](peak, config.warmup_steps, config.steps)
+    make = BASELINES.get(name) or getattr(recipes, name)
+    return optax.with_extra_args_support(make(schedule))
