@@ -1,0 +1,193 @@
+"""Composition: optax's combinators, hyperparameters, missing and unknown arguments."""
+
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optlab.testing import compare
+from optlab.testing.case import Case, Tree, default_of
+from optlab.testing.select import applies
+
+
+def _two_steps(case: Case, tx, update=None) -> Tree:
+    state, update = tx.init(case.tree), update or tx.update
+    for index in range(2):
+        updates, state = update(case.grads(index), state, case.tree)
+    return updates
+
+
+@applies()
+def check_chain(case: Case) -> None:
+    """Inside `optax.chain` and `optax.named_chain` the update is the same."""
+    want = _two_steps(case, case.tx)
+    chained = optax.chain(optax.identity(), case.make(), optax.scale(1.0))
+    compare.close(_two_steps(case, chained), want, "two steps in a chain")
+    named = optax.named_chain(("first", optax.identity()), ("method", case.make()))
+    compare.close(_two_steps(case, named), want, "two steps in a named_chain")
+
+
+def _outside(tree: Tree) -> tuple[Tree, Tree]:
+    """Return a tree with one leaf more than `tree`, and the mask that leaves it out."""
+    extra = {"head": {"kernel": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4)}}
+    mask = {"inside": jax.tree.map(lambda _: True, tree), "outside": {"head": {"kernel": False}}}
+    return {"inside": tree, "outside": extra}, mask
+
+
+@applies()
+def check_masked(case: Case) -> None:
+    """Under `optax.masked`, leaves outside keep their gradients, and those inside see no other."""
+    (params, mask), (grads, _) = _outside(case.tree), _outside(case.grads())
+    tx = optax.masked(case.make(), mask)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    compare.equal(updates["outside"], grads["outside"], "gradients outside the mask")
+    want, _ = case.tx.update(case.grads(), case.tx.init(case.tree), case.tree)
+    compare.close(updates["inside"], want, "updates inside the mask")
+
+
+@applies()
+def check_partition(case: Case) -> None:
+    """Under `optax.partition`, each branch is bit for bit what it is alone."""
+    (params, mask), (grads, _) = _outside(case.tree), _outside(case.grads())
+    labels = jax.tree.map(lambda inside: "method" if inside else "plain", mask)
+    tx = optax.partition({"method": case.make(), "plain": optax.sgd(0.5)}, labels)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    plain = jax.tree.map(lambda g: -0.5 * g, grads["outside"])
+    compare.equal(updates["outside"], plain, "updates of the other branch")
+    want, _ = case.tx.update(case.grads(), case.tx.init(case.tree), case.tree)
+    compare.close(updates["inside"], want, "updates of the method's branch")
+
+
+@applies()
+def check_multi_steps(case: Case) -> None:
+    """`MultiSteps(3)` waits with zero updates and an untouched state, then steps on the mean."""
+    multi = optax.MultiSteps(case.make(), every_k_schedule=3)
+    update = jax.jit(multi.update)
+    state = fresh = multi.init(case.tree)
+    zeros = jax.tree.map(jnp.zeros_like, case.tree)
+    for index in range(2):
+        updates, state = update(case.grads(index), state, case.tree)
+        compare.close(updates, zeros, "update before step 3")
+        compare.equal(state.inner_opt_state, fresh.inner_opt_state, "state before step 3")
+    updates, state = update(case.grads(2), state, case.tree)
+    mean = jax.tree.map(lambda *g: sum(g) / 3, *(case.grads(i) for i in range(3)))
+    want, inner = case.step(mean, case.tx.init(case.tree), case.tree)
+    # The mean is accumulated in another order: a few roundings more.
+    compare.close((updates, state.inner_opt_state), (want, inner), "step 3", 1e-4, 1e-5)
+    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), case.tree)
+    init = jax.eval_shape(multi.init, half)
+    compare.same_types(jax.eval_shape(multi.update, half, init, half)[1], init, "bfloat16 state")
+
+
+@applies()
+def check_apply_if_finite(case: Case) -> None:
+    """`apply_if_finite` stops a NaN gradient: nothing moves, and the next step is as if first."""
+    tx = optax.apply_if_finite(case.make(), max_consecutive_errors=5)
+    update = jax.jit(tx.update)
+    fresh = tx.init(case.tree)
+    nans = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), case.tree)
+    updates, state = update(nans, fresh, case.tree)
+    compare.close(updates, jax.tree.map(jnp.zeros_like, case.tree), "update of NaN gradients")
+    compare.equal(state.inner_state, fresh.inner_state, "state after NaN gradients")
+    updates, _ = update(case.grads(), state, case.tree)
+    want, _ = case.step(case.grads(), case.tx.init(case.tree), case.tree)
+    compare.close(updates, want, "first step after NaN gradients")
+
+
+def _admits_array(annotation: Any) -> bool:
+    """Tell whether an annotation is `jax.Array` or a union with it, as `ScalarOrSchedule` is."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    members = typing.get_args(annotation) if is_union else ()
+    return annotation is jax.Array or any(_admits_array(m) for m in members)
+
+
+def injectable(make: Callable[..., Any]) -> list[str]:
+    """Return the hyperparameters of `make` that may be traced, read from its annotations."""
+    parameters = inspect.signature(make, eval_str=True).parameters
+    return [name for name, p in parameters.items() if _admits_array(p.annotation)]
+
+
+@applies()
+def check_inject_hyperparams(case: Case) -> None:
+    """Hyperparameters annotated as arrays can be injected, traced, with the same numbers."""
+    names = set(injectable(case.make))
+    parameters = case.signature.parameters
+    static = [
+        name
+        for name, p in parameters.items()
+        if name not in names and p.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    numbers = {name: default_of(case, name) for name in names}
+    # Nearby values, so that a default baked in where the argument belongs shows.
+    numbers = {k: 0.9 * v for k, v in numbers.items() if isinstance(v, (int, float))}
+    injected = optax.inject_hyperparams(case.make, static_args=static)(**numbers)
+    state = injected.init(case.tree)
+    absent = set(numbers) - set(state.hyperparams)
+    assert not absent, f"{sorted(absent)} cannot be injected"
+    got = _two_steps(case, injected, jax.jit(injected.update))
+    compare.close(got, _two_steps(case, case.make(**numbers)), "two steps with injected numbers")
+
+
+@applies()
+def check_extra_args(case: Case) -> None:
+    """Unknown extra arguments are ignored."""
+    want = _two_steps(case, case.tx)
+    forms = [optax.with_extra_args_support(case.make())]
+    if isinstance(case.tx, optax.GradientTransformationExtraArgs):
+        forms.append(case.tx)
+    for tx in forms:
+        update = lambda g, s, p, tx=tx: tx.update(g, s, p, unknown_argument=np.ones(3))  # noqa: E731
+        compare.equal(_two_steps(case, tx, update), want, "two steps with an unknown argument")
+
+
+@applies()
+def check_params_none(case: Case) -> None:
+    """Without params the update is the same, or a ValueError names the method and the call."""
+    state = case.tx.init(case.tree)
+    want, _ = case.tx.update(case.grads(), state, case.tree)
+    try:
+        got, _ = case.tx.update(case.grads(), state)
+    except ValueError as error:
+        text = str(error)
+        assert re.match(r"\w+: ", text), f"the message does not begin with a name: {text}"
+        assert re.search(r"update\(.*params", text), f"the message shows no call: {text}"
+        return
+    assert "needs_params" not in case.tags, "an update that needs params ran without"
+    compare.close(got, want, "update without params")
+
+
+@applies(needs=["wrapper"])
+def check_wrapper_forwards(case: Case) -> None:
+    """A wrapper hands its inner transformation gradients, params and extra arguments alike."""
+    seen = {}
+
+    def spy(updates, state, params=None, **extra_args):
+        seen.update(params=params, **extra_args)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), spy)
+    tx = case.make(inner=inner)
+    tx.update(case.grads(), tx.init(case.tree), case.tree, note=3)
+    assert seen.get("params") is not None, "the inner transformation got params=None"
+    compare.same_structure(seen["params"], case.tree, "params of the inner transformation")
+    assert seen.get("note") == 3, "extra arguments are not forwarded to the inner transformation"
+
+
+@applies(needs=["recipe"])
+def check_constant_schedule(case: Case) -> None:
+    """A constant schedule is the constant learning rate."""
+    rate = default_of(case, "learning_rate")
+    assert isinstance(rate, float), "give the row's `make` a default learning_rate"
+    scheduled = case.make(learning_rate=optax.constant_schedule(rate))
+    want = _two_steps(case, case.make(learning_rate=rate))
+    compare.close(_two_steps(case, scheduled), want, "two steps under a constant schedule")
+
+
+__all__ = [name for name in dir() if name.startswith("check_")]

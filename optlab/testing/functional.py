@@ -1,0 +1,96 @@
+"""JAX's transformations: jit, scan, vmap, retracing, purity."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optlab.testing import compare
+from optlab.testing.case import Case, random_like
+from optlab.testing.select import applies
+
+
+def _loop(case: Case, step, count: int):
+    state, updates = case.tx.init(case.tree), None
+    for index in range(count):
+        updates, state = step(case.grads(index), state, case.tree)
+    return updates, state
+
+
+@applies()
+def check_jit_equals_eager(case: Case) -> None:
+    """A step under `jax.jit` and the same step run op by op agree."""
+    want = _loop(case, case.tx.update, 2)
+    compare.close(_loop(case, case.step, 2), want, "two steps under jit")
+
+
+@applies()
+def check_scan_equals_loop(case: Case) -> None:
+    """Three steps inside one `lax.scan` are three steps of a loop."""
+    stacked = jax.tree.map(lambda *g: jnp.stack(g), *(case.grads(i) for i in range(3)))
+
+    def body(state, grads):
+        updates, state = case.tx.update(grads, state, case.tree)
+        return state, updates
+
+    state, updates = jax.jit(lambda s, g: jax.lax.scan(body, s, g))(
+        case.tx.init(case.tree), stacked
+    )
+    last = jax.tree.map(lambda u: u[-1], updates)
+    compare.close((last, state), _loop(case, case.step, 3), "three steps inside scan")
+
+
+@applies()
+def check_vmap_equals_loop(case: Case) -> None:
+    """`jax.vmap` over seeds gives every seed its own run."""
+    params = [case.tree, random_like(case.tree, seed=77)]
+    grads = [case.grads(0), case.grads(5)]
+
+    def run(p, g):
+        state = case.tx.init(p)
+        return case.tx.update(g, state, p)
+
+    stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
+    batched = jax.jit(jax.vmap(run))(stack(params), stack(grads))
+    for seed in range(2):
+        got = jax.tree.map(lambda x, i=seed: x[i], batched)
+        want = case.step(grads[seed], case.tx.init(params[seed]), params[seed])
+        compare.close(got, want, f"seed {seed} of two under vmap")
+
+
+@applies()
+def check_no_retrace(case: Case) -> None:
+    """Four steps, the fresh state among them, cost one trace and one compilation."""
+    traces = []
+
+    def step(grads, state, params):
+        traces.append(1)
+        return case.tx.update(grads, state, params)
+
+    jitted = jax.jit(step)
+    _loop(case, jitted, 4)
+    assert len(traces) == 1, f"{len(traces)} traces in 4 steps"
+    assert jitted._cache_size() == 1, f"{jitted._cache_size()} compilations in 4 steps"
+
+
+def _program(case: Case, state) -> str:
+    text = str(jax.make_jaxpr(case.tx.update)(case.grads(), state, case.tree))
+    return re.sub(r"0x[0-9a-f]+", "", text)  # addresses of functions
+
+
+@applies()
+def check_pure(case: Case) -> None:
+    """The same inputs give the same bits and the same program, and stay as they were."""
+    state = case.tx.init(case.tree)
+    inputs = jax.tree.map(np.array, (case.grads(), case.tree))
+    kept = jax.tree.map(np.copy, inputs)
+    program = _program(case, state)
+    first = case.tx.update(inputs[0], state, inputs[1])
+    second = case.tx.update(inputs[0], state, inputs[1])
+    compare.equal(inputs, kept, "(grads, params) after update")
+    compare.equal(second, first, "a second update with the same inputs")
+    assert _program(case, state) == program, "the update is another program than before"
+
+
+__all__ = [name for name in dir() if name.startswith("check_")]

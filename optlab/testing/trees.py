@@ -1,0 +1,142 @@
+"""Trees and leaves: containers, missing leaves, odd shapes, odd values."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optlab.testing import compare
+from optlab.testing.case import Case, Tree, random_like
+from optlab.testing.select import applies
+
+
+class _Pair(NamedTuple):
+    a: Tree
+    b: Tree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class _Record:
+    a: Tree
+    b: Tree
+
+
+_CONTAINERS = {
+    "dict": lambda a, b: {"a": a, "b": b},
+    "list": lambda a, b: [a, b],
+    "tuple": lambda a, b: (a, b),
+    "NamedTuple": _Pair,
+    "dataclass": _Record,
+}
+
+
+def _one_step(case: Case, params: Tree, grads: Tree) -> tuple[Tree, Tree]:
+    return case.tx.update(grads, case.tx.init(params), params)
+
+
+@applies()
+def check_structure_agnostic(case: Case) -> None:
+    """The same leaves in a dict, list, tuple, NamedTuple or dataclass get the same updates."""
+    other = random_like(case.tree, seed=50)
+    results = {}
+    for name, build in _CONTAINERS.items():
+        updates, state = _one_step(case, build(case.tree, other), build(case.grads(), other))
+        results[name] = jax.tree.leaves(updates), jax.tree.leaves(state)
+    for name, result in results.items():
+        compare.equal(result, results["dict"], f"leaves in a {name}, against a dict")
+
+
+def _with_hole(case: Case, hole) -> None:
+    key = "extra"
+    full = {"tree": case.tree, key: {"kernel": hole}}
+    grads = {"tree": case.grads(), key: {"kernel": hole}}
+    updates, state = _one_step(case, full, grads)
+    assert jax.tree.structure(updates) == jax.tree.structure(grads), "the hole is not kept"
+    want, _ = _one_step(case, {"tree": case.tree}, {"tree": case.grads()})
+    compare.equal(updates["tree"], want["tree"], "leaves beside the hole")
+    updates, _ = case.tx.update(grads, state, full)
+    assert jax.tree.structure(updates) == jax.tree.structure(grads), "the hole closes at step two"
+
+
+@applies()
+def check_none_leaf(case: Case) -> None:
+    """None in the place of a leaf stays None and disturbs no other leaf."""
+    _with_hole(case, None)
+
+
+@applies()
+def check_masked_node(case: Case) -> None:
+    """`optax.MaskedNode` in the place of a leaf stays and disturbs no other leaf."""
+    _with_hole(case, optax.MaskedNode())
+
+
+@applies()
+def check_empty_tree(case: Case) -> None:
+    """A tree without leaves is a tree."""
+    for empty in ({}, [], ()):
+        updates, _ = _one_step(case, empty, empty)
+        assert jax.tree.structure(updates) == jax.tree.structure(empty), f"{empty} became {updates}"
+
+
+@applies()
+def check_scalar_leaf(case: Case) -> None:
+    """A scalar, and a leaf of one element, get an update of their shape and of sane size."""
+    for shape in ((), (1,)):
+        params = {"temperature": jnp.full(shape, 0.5, jnp.float32)}
+        grads = {"temperature": jnp.full(shape, 0.1, jnp.float32)}
+        state = case.tx.init(params)
+        for _ in range(2):
+            updates, state = case.tx.update(grads, state, params)
+            compare.same_types(updates, params, f"update of a leaf of shape {shape}")
+            size = float(jnp.max(jnp.abs(updates["temperature"])))
+            assert size < 1e3, f"gradient 0.1 of a one-element leaf became {size}"
+
+
+@applies()
+def check_zero_size_leaf(case: Case) -> None:
+    """Leaves without elements get updates without elements, and poison no other leaf."""
+    shapes = {"dense": {"kernel": (0, 4), "bias": (0,)}, "other": {"kernel": (4, 0)}}
+    empty = random_like(shapes, seed=0)
+    updates, _ = _one_step(case, {"e": empty, "t": case.tree}, {"e": empty, "t": case.grads()})
+    compare.same_types(updates["e"], empty, "updates of leaves without elements")
+    compare.finite(updates, "updates beside leaves without elements")
+
+
+def _finite_steps(case: Case, params: Tree, grads: Tree, what: str, count: int = 3) -> None:
+    state = case.tx.init(params)
+    for _ in range(count):
+        updates, state = case.step(grads, state, params)
+        compare.finite(updates, f"updates, {what}")
+        params = optax.apply_updates(params, updates)
+        compare.finite(params, f"parameters, {what}")
+
+
+@applies()
+def check_zero_grads_finite(case: Case) -> None:
+    """Zero gradients, from the first step on, give finite updates and finite state."""
+    zeros = jax.tree.map(jnp.zeros_like, case.tree)
+    _finite_steps(case, case.tree, zeros, "zero gradients")
+    _, state = case.step(zeros, case.tx.init(case.tree), case.tree)
+    compare.finite(state, "state after zero gradients")
+
+
+@applies()
+def check_zero_params_finite(case: Case) -> None:
+    """Zero parameters give finite updates, with gradients and without."""
+    zeros = jax.tree.map(jnp.zeros_like, case.tree)
+    _finite_steps(case, zeros, case.grads(), "zero parameters")
+    _finite_steps(case, zeros, zeros, "zero parameters and gradients")
+
+
+@applies()
+def check_extreme_grads_finite(case: Case) -> None:
+    """Gradients of 1e30 and of 1e-30, whose squares leave float32, give finite updates."""
+    for size in (1e30, 1e-30):
+        grads = jax.tree.map(lambda g, c=size: c * jnp.sign(g), case.grads())
+        _finite_steps(case, case.tree, grads, f"gradients of {size}", count=2)
+
+
+__all__ = [name for name in dir() if name.startswith("check_")]

@@ -1,0 +1,42 @@
+"""Eight host devices, strict numerics, and the option that names the golden cases."""
+
+import os
+import pathlib
+import sys
+
+_FLAG = "--xla_force_host_platform_device_count"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile("optlab", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("optlab")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--golden-dir",
+        type=pathlib.Path,
+        default=pathlib.Path(__file__).parent / "golden",
+        help="directory of golden cases to replay (default: tests/golden)",
+    )
+
+
+@pytest.fixture(scope="session")
+def golden_dir(request):
+    """The directory of golden cases asked for."""
+    return request.config.getoption("--golden-dir")
+
+
+@pytest.fixture
+def params():
+    """The standard tree of the contract: ranks 0 to 4 under Flax's names."""
+    from optlab.testing import default_params
+
+    return default_params()
