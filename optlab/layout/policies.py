@@ -1,5 +1,6 @@
 """Policies: `flax` (default), `per_head`, `by_ndim`, `output_first`; `rules`, `stacked` combine."""
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -63,7 +64,8 @@ def flax(path: str, leaf: Any) -> MatrixView | None:
     same role.
 
     What one leaf cannot show has to be said: a scanned stack of convolutions looks like a
-    convolution of one more dimension, so name stacks with `stacked`.
+    convolution of one more dimension, so name stacks with `stacked`; a grouped convolution looks
+    like one with fewer inputs, and is read as one matrix.
 
     Raises:
         ValueError: a leaf of rank >= 3 without a rule, or of a rank that contradicts its rule.
@@ -178,9 +180,14 @@ def _ambiguous(path: str, shape: tuple[int, ...], view: MatrixView) -> ValueErro
     stack = "/".join(parts[: depth + 1]) + ("/" if depth + 1 < len(parts) else "")
     return ValueError(
         f"layout.flax: leaf '{path}' has shape {shape}: a stack of layers, or one tensor? "
-        f'Add layout.stacked("{re.escape(stack)}") or '
-        f'layout.rules({{"{re.escape(path)}": {view.text()}}}).'
+        f"Add layout.stacked({_literal(stack)}) or "
+        f"layout.rules({{{_literal(path)}: {view.text()}}})."
     )
+
+
+def _literal(text: str) -> str:
+    """Write a regular expression for `text` as Python source in double quotes."""
+    return json.dumps(re.escape(text), ensure_ascii=False)
 
 
 Rule = MatrixView | Policy | None
@@ -214,9 +221,8 @@ def rules(table: Mapping[str, Rule], default: Policy = flax) -> Policy:
     def policy(path: str, leaf: Any) -> MatrixView | None:
         for pattern, value in compiled:
             if pattern.search(path):
-                is_view = value is None or isinstance(value, MatrixView)
-                return value if is_view else value(path, leaf)
-        return default(path, leaf)
+                return view_of(path, leaf, value if callable(value) else lambda *_, v=value: v)
+        return view_of(path, leaf, default)
 
     return policy
 
