@@ -294,7 +294,7 @@ def scale_by_diffgrad(
     Example:
       >>> import jax.numpy as jnp, optlab
       >>> tx = optlab.scale_by_diffgrad()
-      >>> u, _ = tx.update(jnp.array([1e-6]), tx.init(jnp.zeros(1)))
+      >>> u, _ = tx.update(jnp.array([1e-3]), tx.init(jnp.zeros(1)))
       >>> print(f"{u[0]:.3f}")
       0.500
     """
