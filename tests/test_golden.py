@@ -1,12 +1,11 @@
 """Replay of the golden cases: trajectories of the authors' code, schedules of the papers.
 
-`pytest tests/test_golden.py --golden-dir DIR` replays any other directory of the same format. A case
-whose method or hyperparameter is unknown fails by name.
+`pytest tests/test_golden.py --golden-dir DIR` replays any other directory of the same format. A
+case whose method or hyperparameter is unknown fails by name.
 """
 
 import golden_cases
 import numpy as np
-import pytest
 
 # Absolute, float32, on trajectories of 8 steps; the elementwise bound of the cases' own notes.
 TOLERANCE = 2e-6

@@ -47,8 +47,8 @@ def diffgrad(
       An optimizer; updates lie between half of Adam's and Adam's.
 
     State:
-      previous, mu, nu: the parameter's shape; 12 bytes per float32 parameter, 16 with amsgrad. Where a
-      step would make a parameter non-finite, 0 is remembered in place of its gradient.
+      previous, mu, nu: the parameter's shape; 12 bytes per float32 parameter, 16 with amsgrad.
+      Where a step would make a parameter non-finite, 0 is remembered in place of its gradient.
 
     Raises:
       ValueError: a rate outside its range.
@@ -100,9 +100,9 @@ def adabelief(
 
     mu <- b1 mu + (1 - b1) g,   s <- b2 s + (1 - b2)(g - mu)^2 + eps_root,
     p <- p - lr (mu_hat/(sqrt(s_hat) + eps) + weight_decay p).
-    eps plays the part of Adam's eps squared: 1e-16 for transformers and reinforcement learning, 1e-8
-    for convolutional nets, 1e-12 for GANs. Do not clip gradients entry by entry before it: a constant
-    entry is divided by sqrt(eps/(1 - b2)).
+    eps plays the part of Adam's eps squared: 1e-16 for transformers and reinforcement learning,
+    1e-8 for convolutional nets, 1e-12 for GANs. Do not clip gradients entry by entry before it: a
+    constant entry is divided by sqrt(eps/(1 - b2)).
 
     Args:
       learning_rate: step size, >= 0, or a schedule.
@@ -140,8 +140,8 @@ def adabelief(
 
     Deviations:
       None from the authors' code with rectify=True; the paper's algorithm has no rectification.
-      `optax.adabelief(eps=e, eps_root=e)` gives the same numbers as eps=e here; with only eps set it
-      does not.
+      `optax.adabelief(eps=e, eps_root=e)` gives the same numbers as eps=e here; with only eps set
+      it does not.
 
     References:
       Zhuang et al., AdaBelief optimizer: adapting stepsizes by the belief in observed gradients,
@@ -174,8 +174,10 @@ def adagrad_norm(
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient descent whose rate falls with the gradients it has seen (AdaGrad-Norm).
 
-    b_t^2 = b_{t-1}^2 + |g_t|^2,   p <- p - lr (g/b_t + weight_decay p); one scalar b for the whole tree.
-    It converges for any lr and b0 on smooth problems: no rate to tune, and the gradient's direction.
+    b_t^2 = b_{t-1}^2 + |g_t|^2,   p <- p - lr (g/b_t + weight_decay p); one b for the whole tree.
+
+    It converges for any lr and b0 on smooth problems: no rate to tune, and the gradient's
+    direction.
 
     Args:
       learning_rate: step size, >= 0, or a schedule.

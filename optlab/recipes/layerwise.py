@@ -49,10 +49,10 @@ def lars(
       trust_ratio_mask: leaves that are scaled by r. (static)
       norm: "sum_of" for |g| + weight_decay |p|, the paper's; "of_sum" for |g + weight_decay p|,
         `optax.lars`'s. (static)
-      zero_norm_ratio: r where a norm is zero; None for trust_coefficient. Ports use 1, which starts a
-        zero-initialized layer a thousand times too fast.
-      lr_in_momentum: keep the rate inside the buffer, as the paper does; ports multiply outside, the
-        same for a constant rate. (static)
+      zero_norm_ratio: r where a norm is zero; None for trust_coefficient. Ports use 1, which
+        starts a zero-initialized layer a thousand times too fast.
+      lr_in_momentum: keep the rate inside the buffer, as the paper does; ports multiply outside,
+        the same for a constant rate. (static)
       larc: step by min(r, lr) instead of r lr (LARC), always inside the buffer. (static)
       mu_dtype: dtype of the buffer; None for the parameter's. (static)
       layout: None for one norm per leaf; a policy for one per matrix of a stacked leaf. (static)
@@ -193,7 +193,8 @@ def sgd_sai(
     snr = |g_1|/(std(g_1) + eps) per leaf, divided by the largest;  m_1 = g_1,
     m <- momentum m + (1 - momentum) g,   p <- p - lr (snr m + weight_decay p).
     Half of Adam's memory. The paper's Algorithm 1 divides by the largest ratio, the released code
-    does not: its ratios are about sqrt(size of the leaf), and its rate of 1e-2 that many times larger.
+    does not: its ratios are about sqrt(size of the leaf), and its rate of 1e-2 that many times
+    larger.
 
     Args:
       learning_rate: step size, >= 0, or a schedule; it does not carry over between the two forms.
@@ -252,8 +253,8 @@ def allora(
 
     Per output row i of each matrix: factor_i = 1/sqrt(|w_i| + 1/eta^2), the norm not squared;
     p <- p - lr factor base(g), or p <- p - lr base(factor g).
-    It replaces LoRA's dropout and its alpha/r scaling: set both off. The matrix that starts at zero is
-    boosted by eta.
+    It replaces LoRA's dropout and its alpha/r scaling: set both off. The matrix that starts at
+    zero is boosted by eta.
 
     Args:
       learning_rate: step size, >= 0, or a schedule.

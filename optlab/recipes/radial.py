@@ -26,9 +26,10 @@ def adamp(
 ) -> optax.GradientTransformationExtraArgs:
     """Adam without the step's radial part on weights that look scale-invariant (AdamP).
 
-    u = mu_hat/(sqrt(nu_hat) + eps), Adam's;  where max |cos(g, p)| < delta/sqrt(width), by channel or
-    else for the whole matrix:  u <- u - n <n, u>, n = p/(|p| + eps), q = wd_ratio;  elsewhere q = 1.
-    p <- p - lr (u + weight_decay q p).
+    u = mu_hat/(sqrt(nu_hat) + eps), Adam's; where max |cos(g, p)| < delta/sqrt(width), by channel
+    or else for the whole matrix, u <- u - n <n, u> with n = p/(|p| + eps), and q = wd_ratio;
+    elsewhere q = 1;  p <- p - lr (u + weight_decay q p).
+
     For networks with normalization layers: momentum makes the norms of the weights before them grow
     and so shrinks their effective rate; this does not.
 
@@ -144,8 +145,8 @@ def sgdp(
        [-0.1  0. ]]
 
     Deviations:
-      As in `adamp`. The default momentum is 0.9, the official code's is 0; the default buffer is the
-      paper's.
+      As in `adamp`. The default momentum is 0.9, the official code's is 0; the default buffer is
+      the paper's.
 
     References:
       Heo et al., AdamP: slowing down the slowdown for momentum optimizers on scale-invariant
@@ -184,10 +185,12 @@ def nap(
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with every weight matrix put back to its initial norm after the step (NaP).
 
-    p' = p - lr mu_hat/(sqrt(nu_hat) + eps);  every k-th step  p <- |p_0| p'/|p'|, norms of the whole leaf.
-    Effective rates then follow the schedule alone, however long the run: made for continual and
-    reinforcement learning. The architecture half of the paper - a normalization before every
-    nonlinearity - is the model's. For another base optimizer wrap it in `normalize_and_project`.
+    p' = p - lr mu_hat/(sqrt(nu_hat) + eps);  every k-th step p <- |p_0| p'/|p'|, by whole leaves.
+
+    Effective rates then follow the schedule alone, however long the run: made for
+    continual and reinforcement learning. The architecture half of the paper - a normalization
+    before every nonlinearity - is the model's. For another base optimizer wrap it in
+    `normalize_and_project`.
 
     Args:
       learning_rate: step size, >= 0, or a schedule.

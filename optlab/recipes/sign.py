@@ -36,8 +36,8 @@ def lion(
     """Step by the sign of an interpolated momentum (Lion).
 
     u = sign(b1 mu + (1 - b1) g),   mu <- b2 mu + (1 - b2) g,   p <- p - lr (u + weight_decay p).
-    Every entry moves by lr: take a rate 3 to 10 times below AdamW's and a decay as many times above.
-    For language models the paper uses b1 = 0.95, b2 = 0.98.
+    Every entry moves by lr: take a rate 3 to 10 times below AdamW's and a decay as many times
+    above. For language models the paper uses b1 = 0.95, b2 = 0.98.
 
     Args:
       learning_rate: step size, >= 0, or a schedule; the paper's default is 1e-4.

@@ -155,11 +155,13 @@ def scale_by_belief(
       accumulate_eps: add eps_root to s itself, so that it gathers to eps_root/(1 - b2), as the
         authors' code does; False adds it to s/c2 at every step anew. (static)
       amsgrad: divide by the largest s so far; ignored by rectify. (static)
-      rectify: RAdam's factor on s without c2, and u = mu/c1 while the variance is intractable. (static)
+      rectify: RAdam's factor on s without c2, and u = mu/c1 while the variance is intractable.
+        (static)
       mu_dtype: dtype of mu; None for the parameter's. (static)
 
     Returns:
-      A transformation whose entries are about 1 in size for a noisy gradient, larger for a steady one.
+      A transformation whose entries are about 1 in size for a noisy gradient, larger for a steady
+      one.
 
     State:
       mu, nu: the parameter's shape; 8 bytes per float32 parameter, 12 with amsgrad.
@@ -282,7 +284,8 @@ def scale_by_diffgrad(
       eps_root: added under the root, >= 0.
       official: add eps to sqrt(nu) before the bias correction, as the authors' code does; the
         effective eps is then eps/sqrt(c2). (static)
-      amsgrad: divide by the largest second moment so far, an extension of a third-party port. (static)
+      amsgrad: divide by the largest second moment so far, an extension of a third-party port.
+        (static)
       mu_dtype: dtype of mu; None for the parameter's. (static)
 
     Returns:

@@ -41,7 +41,10 @@ def nuclear(c: jax.Array) -> jax.Array:
 
 
 def lp(p: float) -> Kappa:
-    """Kappa = |c|_p, p > 1: sign(c) |c|^(p-1) / |c|_p^(p-1), 0 at 0. Holds |x|_q <= 1/w, 1/p + 1/q = 1."""
+    """Kappa = |c|_p, p > 1: sign(c) |c|^(p-1) / |c|_p^(p-1), 0 at 0.
+
+    Holds |x|_q <= 1/w, 1/p + 1/q = 1.
+    """
     _checks.check_range("kappa.lp", "a number > 1", lambda x: 1 < x < float("inf"), p=p)
 
     def gradient(c: jax.Array) -> jax.Array:
@@ -54,19 +57,26 @@ def lp(p: float) -> Kappa:
 
 
 def huber(e: float) -> Kappa:
-    """Kappa = sum of Huber functions of width e > 0: clip(c/e, -1, 1). Adds (e/2)|x|^2 to l1's box."""
+    """Kappa = sum of Huber functions of width e > 0: clip(c/e, -1, 1).
+
+    Adds (e/2)|x|^2 to l1's box.
+    """
     _checks.check_positive("kappa.huber", e=e)
     return lambda c: jnp.clip(c / e, -1, 1)
 
 
 def dead_zone(e: float) -> Kappa:
-    """Kappa = sum max(|c| - e, 0), e >= 0: sign(c) where |c| > e, else 0. Adds e|x|_1 to l1's box."""
+    """Kappa = sum max(|c| - e, 0), e >= 0: sign(c) where |c| > e, else 0.
+
+    Adds e|x|_1 to l1's box.
+    """
     _checks.check_nonnegative("kappa.dead_zone", e=e)
     return lambda c: jnp.where(jnp.abs(c) > e, jnp.sign(c), 0)
 
 
 def top_k(k: int) -> Kappa:
-    """Kappa = sum of the k largest |c|: sign(c) on them, else 0. Holds |x|_1 <= k/w within l1's box.
+    """Kappa = sum of the k largest |c|: sign(c) on them, else 0. Holds |x|_1 <= k/w within l1's
+    box.
 
     Ties go to the lower index; a leaf of at most k entries is l1's.
     """

@@ -109,7 +109,7 @@ def project_radial(
 
     A matrix is held for scale-invariant where its gradient is nearly orthogonal to it: for the
     channel view, then for the whole matrix,
-      max |cos(g, p)| < delta/sqrt(width)   =>   u <- u - n <n, u>,  n = p/(|p| + eps),  q = wd_ratio;
+      max |cos(g, p)| < delta/sqrt(width)  =>  u <- u - n <n, u>, n = p/(|p| + eps), q = wd_ratio;
     else u stays and q = 1. Emits u + weight_decay q p. The test reads the raw gradient, which no
     later link sees: hence a wrapper.
 

@@ -1,6 +1,5 @@
 """Sign momentum and the Lion-K family: the gradient of a convex function in place of the step."""
 
-
 import optax
 from jax.typing import ArrayLike, DTypeLike
 

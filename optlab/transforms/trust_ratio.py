@@ -49,9 +49,9 @@ def scale_by_trust_ratio(
     """Scale each leaf so that its step is proportional to the norm of its weights.
 
     With d = u + weight_decay p,
-      norm="of_sum":   r = trust_coefficient phi(|p|)/(|d| + eps)                    (LAMB, optax.lars)
-      norm="sum_of":   r = trust_coefficient phi(|p|)/(|u| + weight_decay |p| + eps)  (LARS)
-    Emits min(r, max_ratio) d. `optax.scale_by_trust_ratio` is norm="of_sum" with r = 1 at zero norms.
+      norm="of_sum":  r = trust_coefficient phi(|p|)/(|d| + eps), LAMB's and optax.lars's;
+      norm="sum_of":  r = trust_coefficient phi(|p|)/(|u| + weight_decay |p| + eps), LARS's.
+    Emits min(r, max_ratio) d. `optax.scale_by_trust_ratio` is "of_sum" with r = 1 at zero norms.
 
     Args:
       trust_coefficient: size of a step relative to the weights, > 0.
@@ -66,7 +66,8 @@ def scale_by_trust_ratio(
         thousand times that.
       mask: leaves that are scaled; others get d. (static)
       layout: None takes one norm per leaf; a policy takes one per matrix, so that scan-stacked
-        layers and experts get ratios of their own, and one per leaf where it sees no matrix. (static)
+        layers and experts get ratios of their own, and one per leaf where it sees no matrix.
+        (static)
 
     Returns:
       A transformation with output norm trust_coefficient |p| for norm="of_sum". Needs params.
@@ -209,9 +210,9 @@ def scale_by_inverse_row_norm(
 ) -> optax.GradientTransformationExtraArgs:
     """Scale each output row of a matrix by an inverse power of its weights' norm (ALLoRA).
 
-    u_i <- u_i (|w_i| + eta^(-1/power))^(-power), for power = 1/2: u_i/sqrt(|w_i| + 1/eta^2). The norm
-    is not squared under the root. A zero row is boosted by eta, a long one is held back; the factor
-    follows the current weights.
+    u_i <- u_i (|w_i| + eta^(-1/power))^(-power), for power = 1/2: u_i/sqrt(|w_i| + 1/eta^2). The
+    norm is not squared under the root. A zero row is boosted by eta, a long one is held back; the
+    factor follows the current weights.
 
     Before Adam, which divides by the size of its input, the factor nearly cancels: put it after.
 
