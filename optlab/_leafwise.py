@@ -29,6 +29,11 @@ def is_none(x: Any) -> bool:
     return x is None
 
 
+def increment(count: jax.Array) -> jax.Array:
+    """Return the next count, which stays at the largest int32 rather than wrap."""
+    return jnp.asarray(optax.safe_increment(count))
+
+
 def zeros_like(p: jax.Array, dtype: Any = None) -> jax.Array:
     """Return zeros of a parameter's shape and sharding, also under `jax.jit` on an Auto mesh."""
     zeros = jnp.zeros_like(p, dtype=dtype)
@@ -242,7 +247,7 @@ def stateful(
     def update(updates, state, params=None, **extra_args):
         if needs_params:
             require_params(name, params)
-        head = (optax.safe_increment(state.count),) if counts else ()
+        head = (increment(state.count),) if counts else ()
         updates, *slots = leafwise(
             name,
             make_leaf(*head),

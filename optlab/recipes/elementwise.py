@@ -16,7 +16,7 @@ def diffgrad(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     eps_root: ArrayLike = 0.0,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: _leafwise.Mask = None,
     decoupled: bool = False,
     official: bool = False,
@@ -36,7 +36,7 @@ def diffgrad(
       b2: rate of the second moment, in [0, 1).
       eps: added to the root, >= 0.
       eps_root: added under the root, >= 0.
-      weight_decay: L2 term in the gradient, and in the one remembered, >= 0.
+      weight_decay: L2 term in the gradient, and in the one remembered, >= 0, or a schedule.
       weight_decay_mask: leaves that decay. (static)
       decoupled: decay the weights instead, p <- p - lr weight_decay p. (static)
       official: add eps to sqrt(nu) before the bias correction, as the authors' code does. (static)
@@ -89,7 +89,7 @@ def adabelief(
     eps: ArrayLike = 1e-16,
     eps_root: ArrayLike | None = None,
     accumulate_eps: bool = True,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: _leafwise.Mask = None,
     decoupled: bool = True,
     amsgrad: bool = False,
@@ -112,7 +112,7 @@ def adabelief(
       eps_root: added under the root, >= 0; None for eps.
       accumulate_eps: add eps_root to the state at every step, as the authors' code and optax do;
         False adds it to s_hat anew. (static)
-      weight_decay: decay, >= 0.
+      weight_decay: decay, >= 0, or a schedule.
       weight_decay_mask: leaves that decay. (static)
       decoupled: decay the weights; False adds the L2 term to the gradient. (static)
       amsgrad: divide by the largest s so far; without effect under rectify, as in the authors'
@@ -169,7 +169,7 @@ def adagrad_norm(
     *,
     b0: ArrayLike = 0.1,
     per_leaf: bool = False,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: _leafwise.Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient descent whose rate falls with the gradients it has seen (AdaGrad-Norm).
@@ -183,7 +183,7 @@ def adagrad_norm(
       learning_rate: step size, >= 0, or a schedule.
       b0: initial b, >= 0.
       per_leaf: one b for every leaf. (static)
-      weight_decay: decoupled decay, >= 0.
+      weight_decay: decoupled decay, >= 0, or a schedule.
       weight_decay_mask: leaves that decay. (static)
 
     Returns:

@@ -111,7 +111,7 @@ def lamb(
     weight_decay_mask: _leafwise.Mask = None,
     trust_ratio_mask: _leafwise.Mask = None,
     phi: tuple[float, float] | None = None,
-    max_ratio: ArrayLike | None = None,
+    max_ratio: optax.ScalarOrSchedule | None = None,
     bias_correction: bool = True,
     mu_dtype: DTypeLike | None = None,
     layout: _layout.Policy | None = None,
@@ -132,7 +132,7 @@ def lamb(
       trust_ratio_mask: leaves that are scaled; the authors leave out biases and norms, as from the
         decay. (static)
       phi: (low, high) to clip |p|; None for |p|, as the authors use it in practice. (static)
-      max_ratio: largest factor; 1 is LAMBC.
+      max_ratio: largest factor, > 0, or a schedule; None for no bound, 1 is LAMBC.
       bias_correction: False for the authors' first code. (static)
       mu_dtype: dtype of the first moment; None for the parameter's. (static)
       layout: None for one norm per leaf; a policy for one per matrix of a stacked leaf. (static)
@@ -183,7 +183,7 @@ def sgd_sai(
     *,
     momentum: ArrayLike = 0.9,
     eps: ArrayLike = 1e-8,
-    weight_decay: ArrayLike = 1e-2,
+    weight_decay: optax.ScalarOrSchedule = 1e-2,
     weight_decay_mask: _leafwise.Mask = None,
     official: bool = False,
     mu_dtype: DTypeLike | None = None,
@@ -200,7 +200,7 @@ def sgd_sai(
       learning_rate: step size, >= 0, or a schedule; it does not carry over between the two forms.
       momentum: rate of the average, in [0, 1).
       eps: added to the standard deviation, >= 0.
-      weight_decay: decoupled decay, >= 0, not scaled by snr.
+      weight_decay: decoupled decay, >= 0, or a schedule; not scaled by snr.
       weight_decay_mask: leaves that decay. (static)
       official: do not divide by the largest ratio. (static)
       mu_dtype: dtype of the average; None for the parameter's. (static)

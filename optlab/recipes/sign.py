@@ -12,7 +12,7 @@ def _finish(
     name: str,
     direction: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: ArrayLike,
+    weight_decay: optax.ScalarOrSchedule,
     weight_decay_mask: _leafwise.Mask,
 ) -> optax.GradientTransformationExtraArgs:
     _checks.check_nonnegative(name, learning_rate=learning_rate, weight_decay=weight_decay)
@@ -29,7 +29,7 @@ def lion(
     *,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.99,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: _leafwise.Mask = None,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -43,8 +43,8 @@ def lion(
       learning_rate: step size, >= 0, or a schedule; the paper's default is 1e-4.
       b1: rate of the interpolation, in [0, 1).
       b2: rate of the average, in [0, 1).
-      weight_decay: decoupled decay, >= 0. For a decay that follows the shape of the schedule but
-        not its peak, as in lion-pytorch's decoupled form, give weight_decay/peak.
+      weight_decay: decoupled decay, >= 0, or a schedule. For a decay that follows the rate's
+        shape but not its peak, as in lion-pytorch's decoupled form, give weight_decay/peak.
       weight_decay_mask: leaves that decay: a bool tree or prefix, or a function of params. (static)
       mu_dtype: dtype of the average; None for the parameter's. (static)
 
@@ -90,7 +90,7 @@ def lion_k(
     kappa: Kappa | str = "l1",
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.99,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: _leafwise.Mask = None,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -105,7 +105,7 @@ def lion_k(
       kappa: a name or function, see `apply_kappa`; norms are taken per leaf. (static)
       b1: rate of the interpolation, in [0, 1).
       b2: rate of the average, in [0, 1).
-      weight_decay: decoupled decay, >= 0.
+      weight_decay: decoupled decay, >= 0, or a schedule.
       weight_decay_mask: leaves that decay. (static)
       mu_dtype: dtype of the average; None for the parameter's. (static)
 
@@ -148,7 +148,7 @@ def signum(
     learning_rate: optax.ScalarOrSchedule,
     *,
     momentum: ArrayLike = 0.9,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: _leafwise.Mask = None,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -159,7 +159,7 @@ def signum(
     Args:
       learning_rate: step size, >= 0, or a schedule.
       momentum: rate of the average, in [0, 1); the number 0 is signSGD and keeps no state.
-      weight_decay: decoupled decay, >= 0.
+      weight_decay: decoupled decay, >= 0, or a schedule.
       weight_decay_mask: leaves that decay. (static)
       mu_dtype: dtype of the average; None for the parameter's. (static)
 

@@ -49,7 +49,7 @@ def _moments(name, make_leaf, mu_dtype, *, amsgrad=False, reads=()):
 
 
 def _lerp(decay: ArrayLike, old: jax.Array, new: jax.Array) -> jax.Array:
-    return decay * old + (1 - decay) * new
+    return jnp.add(decay * old, (1 - decay) * new)
 
 
 def _correction(decay: ArrayLike, count: jax.Array) -> jax.Array:
@@ -57,7 +57,7 @@ def _correction(decay: ArrayLike, count: jax.Array) -> jax.Array:
     if isinstance(decay, int | float):
         # 1 - 0.999 loses 13 bits of float32; its logarithm, taken in float64, loses none.
         return -jnp.expm1(count * (math.log(decay) if decay else -math.inf))
-    return 1 - decay**count
+    return 1 - jnp.asarray(decay) ** count
 
 
 def scale_by_moments(

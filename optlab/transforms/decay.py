@@ -117,6 +117,6 @@ def decay_after_update(
 
     def update(updates, state, params=None, **extra_args):
         updates, _ = apply(updates, state, params, **extra_args)
-        return updates, DecayAfterUpdateState(optax.safe_increment(state.count))
+        return updates, DecayAfterUpdateState(_leafwise.increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)

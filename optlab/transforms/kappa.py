@@ -18,22 +18,22 @@ Kappa = Callable[[jax.Array], jax.Array]
 
 
 def l1(c: jax.Array) -> jax.Array:
-    """Kappa = |c|_1: sign(c). Holds |x|_inf <= 1/w. This is Lion."""
+    """Differentiate kappa = |c|_1: sign(c). Holds |x|_inf <= 1/w. This is Lion."""
     return jnp.sign(c)
 
 
 def l2(c: jax.Array) -> jax.Array:
-    """Kappa = |c|_2: c/|c|_2, 0 at 0. Holds |x|_2 <= 1/w."""
+    """Differentiate kappa = |c|_2: c/|c|_2, 0 at 0. Holds |x|_2 <= 1/w."""
     return norms.safe_divide(c, norms.frobenius(c))
 
 
 def quadratic(c: jax.Array) -> jax.Array:
-    """Kappa = |c|^2/2: c itself; momentum descent with weight decay."""
+    """Differentiate kappa = |c|^2/2: c itself; momentum descent with weight decay."""
     return c
 
 
 def nuclear(c: jax.Array) -> jax.Array:
-    """Kappa = nuclear norm: U V^T of the last two axes. Holds spectral norm of x <= 1/w.
+    """Differentiate kappa = nuclear norm: U V^T of the last two axes. Holds |x|_spectral <= 1/w.
 
     Leading axes are a batch; a vector or scalar is one column, whose factor is c/|c|_2.
     """
@@ -41,7 +41,7 @@ def nuclear(c: jax.Array) -> jax.Array:
 
 
 def lp(p: float) -> Kappa:
-    """Kappa = |c|_p, p > 1: sign(c) |c|^(p-1) / |c|_p^(p-1), 0 at 0.
+    """Differentiate kappa = |c|_p, p > 1: sign(c) |c|^(p-1) / |c|_p^(p-1), 0 at 0.
 
     Holds |x|_q <= 1/w, 1/p + 1/q = 1.
     """
@@ -57,7 +57,7 @@ def lp(p: float) -> Kappa:
 
 
 def huber(e: float) -> Kappa:
-    """Kappa = sum of Huber functions of width e > 0: clip(c/e, -1, 1).
+    """Differentiate kappa = sum of Huber functions of width e > 0: clip(c/e, -1, 1).
 
     Adds (e/2)|x|^2 to l1's box.
     """
@@ -66,7 +66,7 @@ def huber(e: float) -> Kappa:
 
 
 def dead_zone(e: float) -> Kappa:
-    """Kappa = sum max(|c| - e, 0), e >= 0: sign(c) where |c| > e, else 0.
+    """Differentiate kappa = sum max(|c| - e, 0), e >= 0: sign(c) where |c| > e, else 0.
 
     Adds e|x|_1 to l1's box.
     """
@@ -75,9 +75,9 @@ def dead_zone(e: float) -> Kappa:
 
 
 def top_k(k: int) -> Kappa:
-    """Kappa = sum of the k largest |c|: sign(c) on them, else 0. Holds |x|_1 <= k/w within l1's
-    box.
+    """Differentiate kappa = sum of the k largest |c|: sign(c) on them, else 0.
 
+    Holds |x|_1 <= k/w within l1's box.
     Ties go to the lower index; a leaf of at most k entries is l1's.
     """
     _checks.check_steps("kappa.top_k", 1, k=k)
@@ -93,7 +93,7 @@ def top_k(k: int) -> Kappa:
 
 
 def smooth_sign(s: float = 1.0) -> Kappa:
-    """Kappa = s sum log cosh(c/s), s > 0: tanh(c/s), nearly linear below s."""
+    """Differentiate kappa = s sum log cosh(c/s), s > 0: tanh(c/s), nearly linear below s."""
     _checks.check_positive("kappa.smooth_sign", s=s)
     return lambda c: jnp.tanh(c / s)
 

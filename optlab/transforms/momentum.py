@@ -184,8 +184,9 @@ def with_previous_updates(
         new, inner_state = inner.update(
             updates, state.inner, params, **(extra_args | {"previous_updates": state.previous})
         )
-        tie = {"params": params, "others": (new,)} if last else {"others": (new,)}
-        _, previous = _leafwise.leafwise(name, remember, updates, (state.previous,), **tie)
+        _, previous = _leafwise.leafwise(
+            name, remember, updates, (state.previous,), params if last else None, others=(new,)
+        )
         return new, PreviousUpdatesState(previous, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -79,7 +79,7 @@ def _radial_coefficient(g, p, u, view, delta, eps) -> tuple[jax.Array, jax.Array
     """
     channel, whole = _axes(view)
     products = [jnp.sum(x * y, channel, keepdims=True) for x, y in ((g, p), (g, g), (p, p), (p, u))]
-    coefficient, fired = jnp.zeros_like(products[0]), False
+    coefficient, fired = jnp.zeros_like(products[0]), jnp.asarray(False)
     across = tuple(a for a in whole if a not in channel)
     for axes in (channel, whole):
         if axes == whole:
@@ -88,7 +88,7 @@ def _radial_coefficient(g, p, u, view, delta, eps) -> tuple[jax.Array, jax.Array
         cosine = jnp.abs(gp) / jnp.maximum(jnp.sqrt(gg) * jnp.sqrt(pp), eps)
         width = math.prod(g.shape[a] for a in axes)
         worst = jnp.max(cosine, across, keepdims=True, initial=0.0)
-        fires = (worst < delta / math.sqrt(max(width, 1))) & ~jnp.asarray(fired)
+        fires = (worst < delta / math.sqrt(max(width, 1))) & ~fired
         coefficient = jnp.where(fires, pu / (jnp.sqrt(pp) + eps) ** 2, coefficient)
         fired = fires | fired
     return coefficient, fired
@@ -244,7 +244,7 @@ def normalize_and_project(
 
     def update(updates, state, params=None, **extra_args):
         _leafwise.require_params(name, params)
-        count = optax.safe_increment(state.count)
+        count = _leafwise.increment(state.count)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         others = (_leafwise.spread(updates, state.rho), held(params))
 

@@ -124,7 +124,7 @@ def scale_by_trust_ratio(
         cap = max_ratio
         if callable(max_ratio):
             cap = max_ratio(state.count)
-            state = TrustRatioState(optax.safe_increment(state.count))
+            state = TrustRatioState(_leafwise.increment(state.count))
 
         def leaf(path, u, p, scales, decays):
             decay = weight_decay if decays else 0.0
@@ -196,7 +196,7 @@ def scale_by_initial_snr(
         del params, extra_args
         # A branch, not a select: the reductions run once in a training run.
         snr = jax.lax.cond(state.count == 0, measure, lambda _: state.snr, updates)
-        new = ScaleByInitialSnrState(optax.safe_increment(state.count), snr)
+        new = ScaleByInitialSnrState(_leafwise.increment(state.count), snr)
         return _leafwise.scale_leaves(name, updates, snr), new
 
     return optax.GradientTransformationExtraArgs(init, update)
