@@ -52,7 +52,7 @@ def _row(name: str) -> Row:
 
 def rows() -> list[Row]:
     """Return one row for each recipe, family by family."""
-    return sorted((_row(name) for name in getattr(recipes, "__all__", ())), key=lambda row: row[:2])
+    return sorted((_row(name) for name in recipes.__all__), key=lambda row: row[:2])
 
 
 def _cells(row: Row) -> tuple[str, ...]:

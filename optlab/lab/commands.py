@@ -12,37 +12,54 @@ from optlab.lab import catalog, config, race
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 
+def _optional(kind: type, metavar: str) -> Any:
+    """Return how tyro reads an option that may be left out, without offering the word None."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: kind(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, kind),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+Plain = tyro.conf.arg(help_behavior_hint="")
+Whole = Annotated[int | None, _optional(int, "N"), Plain]
+Word = Annotated[str | None, _optional(str, "NAME"), Plain]
+Path = Annotated[str | None, _optional(str, "PATH"), Plain]
+
+
 @dataclasses.dataclass(frozen=True)
 class Race:
     """Train the same small GPT with several optimizers side by side and show who wins."""
 
-    preset: str | None = None
+    preset: Word = None
     """quick (default: under 3 minutes on 2 CPU cores), small or medium."""
-    optimizers: Annotated[Repeated, tyro.conf.arg(metavar="NAME,NAME")] = ()
+    optimizers: Annotated[Repeated, tyro.conf.arg(metavar="NAME,NAME", help_behavior_hint="")] = ()
     """Who races; repeatable. `optlab list` prints the names; adamw and sgd are optax's."""
-    lr: Annotated[Repeated, tyro.conf.arg(metavar="NAME=RATE")] = ()
+    lr: Annotated[Repeated, tyro.conf.arg(metavar="NAME=RATE", help_behavior_hint="")] = ()
     """Peak learning rate of one optimizer, such as lion=3e-4; repeatable."""
-    schedule: str | None = None
+    schedule: Word = None
     """wsd (default), constant, cosine or warmup_linear_decay."""
-    text: str | None = None
+    text: Path = None
     """File to learn (default: the source code of Python's standard library)."""
-    steps: int | None = None
-    """Training steps."""
-    seed: int | None = None
+    steps: Whole = None
+    """Training steps, instead of the preset's."""
+    seed: Whole = None
     """Seed of the weights and of the batches (default 0)."""
-    layers: int | None = None
-    """Transformer blocks."""
-    width: int | None = None
-    """Width of the residual stream."""
-    heads: int | None = None
-    """Attention heads."""
-    context: int | None = None
-    """Bytes the model sees at once."""
-    batch_size: int | None = None
-    """Windows in a batch."""
-    out: str | None = None
+    layers: Whole = None
+    """Transformer blocks, instead of the preset's."""
+    width: Whole = None
+    """Width of the residual stream, instead of the preset's."""
+    heads: Whole = None
+    """Attention heads, instead of the preset's."""
+    context: Whole = None
+    """Bytes the model sees at once, instead of the preset's."""
+    batch_size: Whole = None
+    """Windows in a batch, instead of the preset's."""
+    out: Path = None
     """Folder of the results (default: runs/race-PRESET)."""
-    resume: bool = False
+    resume: Annotated[bool, Plain] = False
     """Continue the race saved in that folder."""
 
     def asked(self) -> dict[str, Any]:

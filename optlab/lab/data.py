@@ -48,7 +48,9 @@ def read_text(path: str | None) -> bytes:
     try:
         text = Path(path).read_bytes()
     except OSError as error:
-        raise BadInput(f"race: --text cannot be read: {error.strerror}, got {path!r}.") from None
+        raise BadInput(
+            f"race: --text cannot be read ({error.strerror}), got {path!r}. Give a readable file."
+        ) from None
     if not text:
         raise BadInput(f"race: --text is empty, got {path!r}. Give a file with some text in it.")
     return text

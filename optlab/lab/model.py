@@ -45,7 +45,7 @@ class GPT(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Return the logits of the byte that follows each position."""
-        x = self.token(tokens) + self.position(jnp.arange(tokens.shape[1]))
+        x = self.token(tokens) + self.position(jnp.arange(tokens.shape[1])[None])
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))

@@ -5,10 +5,9 @@ from collections.abc import Callable
 
 import optax
 
-from optlab import recipes
+from optlab import recipes, wsd
 from optlab.lab.config import BadInput, Config
 from optlab.lab.rates import RATES
-from optlab.schedules.shapes import wsd
 
 
 def _wsd(peak: float, warmup: int, steps: int) -> optax.Schedule:
@@ -24,14 +23,10 @@ BASELINES: dict[str, Callable[..., optax.GradientTransformation]] = {
 SCHEDULES: dict[str, Callable[[float, int, int], optax.Schedule]] = {
     "constant": lambda peak, warmup, steps: optax.constant_schedule(peak),
     "cosine": lambda peak, warmup, steps: optax.warmup_cosine_decay_schedule(
-        0.0, peak, warmup, steps
+        0.0, peak, warmup, max(steps, warmup + 1)
     ),
-    "warmup_linear_decay": lambda peak, warmup, steps: optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, peak, warmup),
-            optax.linear_schedule(peak, 0.0, steps - warmup),
-        ],
-        [warmup],
+    "warmup_linear_decay": lambda peak, warmup, steps: wsd(
+        peak, warmup, 0, max(0, steps - warmup), decay="linear"
     ),
     "wsd": _wsd,
 }
@@ -39,7 +34,7 @@ SCHEDULES: dict[str, Callable[[float, int, int], optax.Schedule]] = {
 
 def names() -> tuple[str, ...]:
     """Return every name `--optimizers` takes."""
-    return (*BASELINES, *getattr(recipes, "__all__", ()))
+    return (*BASELINES, *recipes.__all__)
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -83,9 +78,13 @@ def learning_rates(optimizers: tuple[str, ...], given: dict[str, float]) -> dict
     return {name: rates[name] for name in optimizers}
 
 
+def make(name: str, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Return the transformation of that name, everything but its rate at its default."""
+    recipe = BASELINES.get(name) or getattr(recipes, name)
+    return optax.with_extra_args_support(recipe(schedule))
+
+
 def build(name: str, config: Config) -> optax.GradientTransformationExtraArgs:
     """Return the transformation of that name with the race's rate and schedule."""
     peak = config.learning_rates[name]
-    schedule = SCHEDULES[config.schedule](peak, config.warmup_steps, config.steps)
-    make = BASELINES.get(name) or getattr(recipes, name)
-    return optax.with_extra_args_support(make(schedule))
+    return make(name, SCHEDULES[config.schedule](peak, config.warmup_steps, config.steps))

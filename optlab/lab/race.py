@@ -4,7 +4,7 @@ import dataclasses
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,23 +30,22 @@ def folder(out: str | None, preset: str | None) -> Path:
 
 def new_config(asked: Mapping[str, Any], text: bytes) -> Config:
     """Return the race that the command line asks for; what it does not say is the preset's."""
-    asked = dict(asked)
-    preset = asked.pop("preset", "quick")
-    given = asked.pop("learning_rates", {})
-    names = asked.pop("optimizers", DEFAULT_OPTIMIZERS)
-    asked = {"schedule": DEFAULT_SCHEDULE, "text": None, "seed": 0, **asked}
-    optimizers.check_names(names)
-    optimizers.check_names(tuple(given), "--lr")
-    optimizers.check_schedule(asked["schedule"])
-    return configs.check(
-        Config(
-            preset=preset,
-            optimizers=names,
-            learning_rates=optimizers.learning_rates(names, given),
-            text_sha256=data.fingerprint(text),
-            **{**configs.preset(preset), **asked},
-        )
-    )
+    fields: dict[str, Any] = {
+        "preset": "quick",
+        "optimizers": DEFAULT_OPTIMIZERS,
+        "schedule": DEFAULT_SCHEDULE,
+        "text": None,
+        "text_sha256": data.fingerprint(text),
+        "seed": 0,
+        **configs.preset(asked.get("preset", "quick")),
+        **asked,
+    }
+    rates = asked.get("learning_rates", {})
+    optimizers.check_names(fields["optimizers"])
+    optimizers.check_names(tuple(rates), "--lr")
+    optimizers.check_schedule(fields["schedule"])
+    fields["learning_rates"] = optimizers.learning_rates(fields["optimizers"], rates)
+    return configs.check(Config(**fields))
 
 
 def saved_config(values: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[Config, bytes]:
@@ -144,15 +143,15 @@ def _unfinished(values: dict[str, Any]) -> bool:
 def run(asked: Mapping[str, Any], *, out: str | None = None, resume: bool = False) -> Path:
     """Run a race, or what is left of it, and return the folder with its results."""
     target = folder(out, asked.get("preset"))
-    with closing(Checkpoints(target)) as checkpoints:
-        config, text, values = _open(checkpoints, asked, resume)
-        problem = make_problem(config, text)
-        live.announce(problem)
-        runners = [Runner(name, problem) for name in config.optimizers]
-        if values:
-            restore(checkpoints, values, runners)
-            live.announce_resume(values, runners)
-        take_turns(problem, runners, checkpoints)
+    checkpoints = Checkpoints(target)
+    config, text, values = _open(checkpoints, asked, resume)
+    problem = make_problem(config, text)
+    live.announce(problem)
+    runners = [Runner(name, problem) for name in config.optimizers]
+    if values:
+        restore(checkpoints, values, runners)
+        live.announce_resume(values, runners)
+    take_turns(problem, runners, checkpoints)
     results = report.results(problem, runners)
     report.write(results, target)
     figure.write(results, target / "curves.png")

@@ -125,7 +125,7 @@ def standing(results: dict[str, Any]) -> list[str]:
 
 def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """Return the cells of the final table, the winner first."""
-    table = []
+    table: list[tuple[str, ...]] = []
     for name in standing(results):
         losses, timings = results["losses"][name], results["timings"][name]
         diverged = losses["diverged_at"]
