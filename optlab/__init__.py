@@ -1,7 +1,7 @@
 """Composable gradient transformations for JAX: what networks are trained with after optax."""
 
 from optlab import layout
-from optlab.layout import MatrixView
+from optlab.layout import MatrixView, describe
 from optlab.recipes import (
     adabelief,
     adagrad_norm,
@@ -51,6 +51,7 @@ __all__ = [
     "allora",
     "apply_kappa",
     "decay_after_update",
+    "describe",
     "diffgrad",
     "ema_from_first",
     "interpolate_momentum",

@@ -153,7 +153,7 @@ def leafwise(
 
 
 def _widen_leaf(x: Any, dtype: Any) -> Any:
-    return x.astype(dtype) if isinstance(x, jax.Array) else x
+    return x.astype(dtype) if hasattr(x, "astype") else x
 
 
 def check_tree(name: str, params: Any) -> None:
@@ -166,6 +166,11 @@ def check_tree(name: str, params: Any) -> None:
 def leaf_count(tree: Any) -> int:
     """Return the number of leaves, missing gradients among them."""
     return len(jax.tree.leaves(tree, is_leaf=is_none))
+
+
+def scalar_dtype(tree: Any) -> Any:
+    """Return the dtype of numbers kept about whole leaves: float32, or float64 if a leaf is."""
+    return jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(tree)))
 
 
 def scalars(name: str, fn: Callable[..., jax.Array], updates: Any, params: Any = None) -> jax.Array:
