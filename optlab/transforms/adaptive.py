@@ -33,7 +33,7 @@ class ScaleByMaxMomentsState(NamedTuple):
 class ScaleByAdagradNormState(NamedTuple):
     """State of `scale_by_adagrad_norm`."""
 
-    sum_of_squares: jax.Array  # float32, () or (leaves,): b_t^2
+    sum_of_squares: jax.Array  # float32 or wider, () or (leaves,): b_t^2
 
 
 def _check_adam(name, b1, b2, mu_dtype, **nonnegative) -> None:
@@ -338,7 +338,8 @@ def scale_by_adagrad_norm(
     def init(params):
         _leafwise.check_tree(name, params)
         shape = (_leafwise.leaf_count(params),) if per_leaf else ()
-        return ScaleByAdagradNormState(jnp.full(shape, b0, jnp.float32) ** 2)
+        b = jnp.full(shape, b0, _leafwise.scalar_dtype(params))
+        return ScaleByAdagradNormState(b * b)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args

@@ -24,7 +24,7 @@ class NormalizeAndProjectState(NamedTuple):
     """State of `normalize_and_project`."""
 
     count: jax.Array  # int32, (): steps seen
-    rho: jax.Array  # float32, (leaves,): norm of each leaf at init, 0 for one left alone
+    rho: jax.Array  # float32 or wider, (leaves,): norm of each leaf at init, 0 for one left alone
     inner: optax.OptState
 
 
@@ -232,7 +232,9 @@ def normalize_and_project(
 
         rho = _leafwise.scalars(name, norm, params)
         return NormalizeAndProjectState(
-            jnp.zeros([], jnp.int32), rho.astype(jnp.float32), inner.init(params)
+            jnp.zeros([], jnp.int32),
+            rho.astype(_leafwise.scalar_dtype(params)),
+            inner.init(params),
         )
 
     def project(_, u, p, rho, held):

@@ -22,7 +22,7 @@ class ScaleByInitialSnrState(NamedTuple):
     """State of `scale_by_initial_snr`."""
 
     count: jax.Array  # int32, (): updates seen
-    snr: jax.Array  # float32, (leaves,): measured on the first gradient
+    snr: jax.Array  # float32 or wider, (leaves,): measured on the first gradient
 
 
 def _clip_bounds(name: str, phi: tuple[float, float] | None) -> None:
@@ -184,18 +184,22 @@ def scale_by_initial_snr(
         return jnp.where((std > 0) & jnp.isfinite(snr), snr, fallback)
 
     def measure(updates):
-        snr = _leafwise.scalars(name, leaf_snr, updates).astype(jnp.float32)
+        snr = _leafwise.scalars(name, leaf_snr, updates)
         return norms.safe_divide(snr, jnp.max(snr, initial=0.0)) if normalize else snr
 
     def init(params):
         _leafwise.check_tree(name, params)
         leaves = _leafwise.leaf_count(params)
-        return ScaleByInitialSnrState(jnp.zeros([], jnp.int32), jnp.zeros((leaves,), jnp.float32))
+        snr = jnp.zeros((leaves,), _leafwise.scalar_dtype(params))
+        return ScaleByInitialSnrState(jnp.zeros([], jnp.int32), snr)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         # A branch, not a select: the reductions run once in a training run.
-        snr = jax.lax.cond(state.count == 0, measure, lambda _: state.snr, updates)
+        dtype = state.snr.dtype
+        snr = jax.lax.cond(
+            state.count == 0, lambda u: measure(u).astype(dtype), lambda _: state.snr, updates
+        )
         new = ScaleByInitialSnrState(_leafwise.increment(state.count), snr)
         return _leafwise.scale_leaves(name, updates, snr), new
 
