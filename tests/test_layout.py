@@ -355,6 +355,7 @@ def test_vectors_stay_vectors_when_stacked(path, shape):
         ("multi_head_mixer/kernel", (8, 8), MatrixView((0,), (1,))),
         ("ConvLocal_0/kernel", (4, 4, 27, 6), MatrixView((2,), (3,))),
         ("Conv_0/kernel", (3, 1, 6), MatrixView((0, 1), (2,), "depthwise")),
+        ("convs/0/kernel", (3, 3, 4, 8), MatrixView((0, 1, 2), (3,))),
         ("enc/kv/kernel", (8, 2, 3, 4), MatrixView((0,), (2, 3))),
         ("norm_proj/kernel", (8, 4), MatrixView((0,), (1,))),
         ("mixer/query/kernel", (8, 2, 4), MatrixView((0,), (1, 2))),

@@ -142,34 +142,30 @@ def _open(leaf: Any, groups: tuple[tuple[int, ...], ...]) -> _Opened:
         return _Opened(x, order, x, leaf)
     kind, spec = jax.typeof(x), None
     if _is_explicit(kind):
-        apart, spec = _merged_specs(kind, [len(group) for group in groups])
-        x = reshard(x, apart)
+        spec = _merged_sharding(kind, [len(group) for group in groups])
     shape = tuple(math.prod(leaf.shape[axis] for axis in group) for group in groups)
     return _Opened(jax.lax.reshape(x, shape, out_sharding=spec), order, x, leaf)
 
 
-def _merged_specs(kind: Any, lengths: list[int]) -> tuple[NamedSharding, NamedSharding]:
-    """Shardings before and after a merge: of each group only its first axis can stay sharded."""
-    before, after, start = [], [], 0
+def _merged_sharding(kind: Any, lengths: list[int]) -> NamedSharding:
+    """Sharding after a merge: of each group only the first axis that is longer than 1 keeps its."""
+    specs, start = [], 0
     for length in lengths:
-        specs = list(kind.sharding.spec[start : start + length])
-        # Axes of size 1 in front of the sharded one do not change the order in memory.
-        first = next((i for i in range(length) if kind.shape[start + i] != 1), 0)
-        before += [spec if i == first else None for i, spec in enumerate(specs)]
-        after.append(specs[first] if specs else None)
+        axes = range(start, start + length)
+        first = next((axis for axis in axes if kind.shape[axis] != 1), start)
+        specs.append(kind.sharding.spec[first] if length else None)
         start += length
-    mesh = kind.sharding.mesh
-    return NamedSharding(mesh, PartitionSpec(*before)), NamedSharding(mesh, PartitionSpec(*after))
+    return NamedSharding(kind.sharding.mesh, PartitionSpec(*specs))
 
 
 def _close(matrices: jax.Array, opened: _Opened) -> jax.Array:
     """Take merged axes apart, put them back in their places and restore the leaf's sharding."""
     x, apart = matrices, jax.typeof(opened.apart)
-    if _is_explicit(apart):
-        x = reshard(x, jax.typeof(opened.matrices).sharding)
     if x.shape != apart.shape:
         sharding = apart.sharding if _is_explicit(apart) else None
         x = jax.lax.reshape(x, apart.shape, out_sharding=sharding)
     inverse = sorted(range(len(opened.order)), key=opened.order.__getitem__)
     x = x if inverse == list(range(x.ndim)) else jnp.transpose(x, inverse)
-    return reshard(x, jax.typeof(opened.leaf).sharding) if _is_explicit(apart) else x
+    wanted = jax.typeof(opened.leaf).sharding
+    restore = _is_explicit(apart) and jax.typeof(x).sharding != wanted
+    return reshard(x, wanted) if restore else x

@@ -210,21 +210,27 @@ def rules(table: Mapping[str, Rule], default: Policy = flax) -> Policy:
         >>> stem = MatrixView(rows=(0, 1, 2), cols=(3,))
         >>> policy = layout.rules({"stem/kernel": stem, "cls_token": None})
     """
-    compiled = [(_compiled("layout.rules", regex), value) for regex, value in table.items()]
-    for regex, value in table.items():
-        if not (value is None or isinstance(value, MatrixView) or callable(value)):
-            raise TypeError(
-                f"layout.rules: the value of '{regex}' must be a MatrixView, a policy or None, "
-                f"got {value!r}. Write MatrixView(rows=(...), cols=(...))."
-            )
+    policies = [
+        (_compiled("layout.rules", regex), _as_policy(regex, value))
+        for regex, value in table.items()
+    ]
 
     def policy(path: str, leaf: Any) -> MatrixView | None:
-        for pattern, value in compiled:
-            if pattern.search(path):
-                return view_of(path, leaf, value if callable(value) else lambda *_, v=value: v)
-        return view_of(path, leaf, default)
+        found = (chosen for pattern, chosen in policies if pattern.search(path))
+        return view_of(path, leaf, next(found, default))
 
     return policy
+
+
+def _as_policy(regex: str, value: Rule) -> Policy:
+    if value is None or isinstance(value, MatrixView):
+        return lambda path, leaf: value
+    if not callable(value):
+        raise TypeError(
+            f"layout.rules: the value of '{regex}' must be a MatrixView, a policy or None, "
+            f"got {value!r}. Write MatrixView(rows=(...), cols=(...))."
+        )
+    return value
 
 
 def stacked(regex: str, policy: Policy = flax, axis: int = 0) -> Policy:

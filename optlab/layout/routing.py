@@ -84,7 +84,8 @@ class Routing:
     __repr__ = __str__
 
     def _totals(self) -> Iterator[str]:
-        yield f"{len(self.leaves)} leaves, {self.size:,} parameters, {self.param_bytes:,} bytes"
+        count = "1 leaf" if len(self.leaves) == 1 else f"{len(self.leaves)} leaves"
+        yield f"{count}, {self.size:,} parameters, {self.param_bytes:,} bytes"
         if self.has_state:
             each = self.state_bytes - self.shared_bytes
             yield (
@@ -119,8 +120,11 @@ def describe(
         >>> from optlab.layout import describe
         >>> params = {"kernel": jax.ShapeDtypeStruct((4, 3), "float32")}
         >>> print(describe(params, optax.sgd(0.1, momentum=0.9)))
-        leaf    shape   dtype    role    view            state       state bytes
+        leaf    shape   dtype    role    view             state       state bytes
         kernel  (4, 3)  float32  matrix  in(0) -> out(1)  TraceState           48
+        <BLANKLINE>
+        1 leaf, 12 parameters, 48 bytes
+        state: 48 bytes = 48 in leaves (4 per parameter) + 0 shared
     """
     keyed, treedef = jax.tree_util.tree_flatten_with_path(params)
     held = _held(tx, params, treedef) if tx is not None else []
