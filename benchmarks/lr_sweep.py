@@ -9,6 +9,7 @@ optlab/lab/rates.py, and a test holds the two together.
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from optlab.lab.race import new_config
 
 RESULTS = Path(__file__).parent / "results" / "lr_sweep.json"
 STEPS = 500
+NOT_OF_THE_SWEEP = ("optimizers", "learning_rates", "rounds")
 # Exponents e of the rate 10^(e/2), rounded to 1 or 3 in its first digit; 0 where not named.
 FIRST_GUESS = {
     "adamw": -5, "sgd": -1, "lion": -7, "lion_k": -7, "signum": -6, "adamp": -5, "sgdp": -1,
@@ -80,25 +82,25 @@ def sweep(name: str, problem: train.Problem, known: dict[str, float | None]) -> 
             begin = time.perf_counter()
             known[key] = trial(float(key))
             print(f"{name} {key}: {known[key]} ({time.perf_counter() - begin:.0f} s)", flush=True)
-        return float("inf") if known[key] is None else known[key]
+        found = known[key]
+        return math.inf if found is None else found
 
     downhill(FIRST_GUESS.get(name, 0), loss)
 
 
 def best_rates(losses: dict[str, dict[str, float | None]]) -> dict[str, float]:
     """Return the rate with the lowest loss of each optimizer."""
-    return {
-        name: float(min((r for r in known if known[r] is not None), key=known.__getitem__))
+    finite = {
+        name: {rate: loss for rate, loss in known.items() if loss is not None}
         for name, known in losses.items()
     }
+    return {name: float(min(known, key=known.__getitem__)) for name, known in finite.items()}
 
 
 def main(names: tuple[str, ...]) -> None:
     text = data.read_text(None)
     config = new_config({"steps": STEPS, "optimizers": ("adamw",)}, text)
-    about = dataclasses.asdict(config)
-    for field in ("optimizers", "learning_rates", "rounds"):
-        del about[field]
+    about = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_OF_THE_SWEEP}
     found = {"config": about, "versions": report.versions(), "device": report.device()}
     before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     same = all(before.get(key) == found[key] for key in found)

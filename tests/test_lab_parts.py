@@ -1,5 +1,6 @@
 """The parts of the race: text, batches, checkpoints, curves, catalogue, rates."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ import optax
 import pytest
 
 from optlab import recipes
-from optlab.lab import catalog, config, data, figure, model, optimizers, report, train
+from optlab.lab import catalog, data, figure, model, optimizers, report, train
 from optlab.lab.checkpoint import FOLDER, SEAL, Checkpoints
 from optlab.lab.config import BadInput, Config
 from optlab.lab.rates import RATES
@@ -86,6 +87,8 @@ def test_model_does_not_look_ahead():
 def test_first_loss_is_that_of_guessing():
     structure, abstract = model.abstract(TINY)
     params = model.initial_params(TINY)
+    other = model.initial_params(dataclasses.replace(TINY, seed=1))
+    assert not np.array_equal(params["head"]["kernel"], other["head"]["kernel"])
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, abstract)
     windows = jnp.asarray(np.frombuffer(TEXT, np.uint8)[:36].reshape(4, 9))
     first = jax.jit(lambda params: model.loss(structure, params, windows))(params)
@@ -209,7 +212,7 @@ def test_schedules_rise_and_end_at_zero():
 
 
 def test_config_survives_json():
-    again = Config.from_json(json.loads(json.dumps(config.dataclasses.asdict(TINY))))
+    again = Config.from_json(json.loads(json.dumps(dataclasses.asdict(TINY))))
     assert again == TINY
 
 

@@ -82,6 +82,10 @@ class Checkpoints:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(self._latest() / ARRAYS, shapes)
 
+    def clear(self) -> None:
+        """Drop what an earlier race left."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def exists(self) -> bool:
         """Whether there is a checkpoint to resume."""
         return bool(self._numbers())

@@ -131,6 +131,8 @@ def check(config: Config) -> Config:
         if value < 1:
             flag = field.replace("_", "-")
             raise BadInput(f"race: --{flag} must be at least 1, got {value}.")
+    if not 0 <= config.seed < 2**31:
+        raise BadInput(f"race: --seed must lie between 0 and 2**31 - 1, got {config.seed}.")
     if config.width % config.heads:
         raise BadInput(
             f"race: --width must be a multiple of --heads ({config.heads}), got {config.width}."

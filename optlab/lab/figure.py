@@ -9,12 +9,13 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from optlab.lab import report
 
 # Distinguishable with the common colour deficiencies and on a projector; AdamW is the dark one.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7B5BA6", "#8C564B")
-_REFERENCE, _INK, _FAINT = "#222222", "#333333", "#8A8A8A"
+_REFERENCE, _INK, _FAINT = "#1A1A1A", "#333333", "#6B6B6B"
 
 
 def _colours(names: list[str]) -> dict[str, str]:
@@ -30,6 +31,7 @@ def _limits(results: dict[str, Any]) -> tuple[float, float]:
     late = [value for curve in curves for value in curve[len(curve) // 10 :]]
     best = min(max(curve[len(curve) // 10 :]) for curve in curves)
     high = min(max(late), low + 1.5 * max(best - low, 1e-3))
+    high = max(high, low + 1e-3)  # a single evaluation has no extent
     room = 0.05 * (high - low)
     return low - room, high + room
 
@@ -86,10 +88,14 @@ def _mark_target(
     if target is None:
         return
     axes.plot([0, last], [target, target], color=_FAINT, linewidth=1, linestyle=":", zorder=1)
+    axes.annotate(
+        "AdamW's final loss", (0, target), xytext=(4, 4), textcoords="offset points",
+        color=_FAINT, fontsize=10.5,
+    )  # fmt: skip
     for name, x in crossed.items():
         if x is not None and name != report.REFERENCE:
             axes.plot(
-                x, target, "o", color=colours[name], markersize=8,
+                x, target, "o", color=colours[name], markersize=9,
                 markeredgecolor="white", markeredgewidth=1.5, zorder=4,
             )  # fmt: skip
 
@@ -97,14 +103,14 @@ def _mark_target(
 def _label(
     axes: Axes, results: dict[str, Any], labelled: list[tuple], colours: dict, last: float
 ) -> None:
-    """Write each name beside the end of its curve."""
+    """Write each name and final loss beside the end of its curve."""
     low, high = axes.get_ylim()
     wanted = [min(y, high) for _, _, y in labelled]
     for (name, x, y), spot in zip(labelled, _spread(wanted, 0.055 * (high - low)), strict=True):
         final = results["losses"][name]["final"]
         text = f"{name}  {final:.3f}" if final is not None else f"{name}  diverged"
         if y <= high:
-            axes.plot(x, y, "o", color=colours[name], markersize=4.5, zorder=4, clip_on=False)
+            axes.plot(x, y, "o", color=colours[name], markersize=4, zorder=4, clip_on=False)
         axes.annotate(
             text, (last, spot), xytext=(9, 0), textcoords="offset points", va="center",
             color=colours[name], fontsize=12, fontweight="bold", annotation_clip=False,
@@ -117,34 +123,38 @@ def write(results: dict[str, Any], path: Path) -> None:
     steps = {name: [float(s) for s in results["losses"][name]["step"]] for name in names}
     seconds = {name: results["timings"][name]["seconds"] for name in names}
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6.2), sharey=True)
     if any(steps.values()):
         limits = _limits(results)
         _style(left, "training steps", limits)
-        _style(right, f"seconds of training, on {results['device']}", limits)
+        _style(right, f"seconds of training on {results['device']}", limits)
         left.set_ylabel("held-out loss, nats per byte", color=_INK, fontsize=12)
         _draw(left, results, steps, {n: results["losses"][n]["steps_to_adamw"] for n in names})
         _draw(
             right, results, seconds, {n: results["timings"][n]["seconds_to_adamw"] for n in names}
         )
     _title(figure, results)
-    figure.subplots_adjust(left=0.06, right=0.9, top=0.82, bottom=0.11, wspace=0.3)
+    # Room beside each panel for the longest label, which is about 0.085 in of width a letter.
+    room = 0.02 + max(len(name) + 8 for name in names) * 0.1 / 14
+    width = (1 - 0.055 - 2 * room) / 2
+    left.set_position((0.055, 0.1, width, 0.74))
+    right.set_position((0.055 + width + room, 0.1, width, 0.74))
     beside = path.with_name("curves.part.png")
     figure.savefig(beside, dpi=160)
     beside.replace(path)
     plt.close(figure)
 
 
-def _title(figure: Any, results: dict[str, Any]) -> None:
+def _title(figure: Figure, results: dict[str, Any]) -> None:
     config = results["config"]
     figure.text(
-        0.06, 0.93, f"Learning to read {results['text']}",
-        fontsize=18, fontweight="bold", color=_INK,
+        0.055, 0.935, f"Learning to write {results['text']}",
+        fontsize=19, fontweight="bold", color=_INK,
     )  # fmt: skip
     figure.text(
-        0.06, 0.88,
-        f"A byte-level GPT of {report.millions(results['parameters'])} parameters: same initial "
-        f"weights, same batches, {config['schedule']} schedule. "
-        "Dots: where a curve reaches AdamW's final loss.",
+        0.055, 0.885,
+        f"Byte-level GPT, {report.millions(results['parameters'])} parameters: the same initial "
+        f"weights, batches and schedule ({config['schedule']}) for every optimizer, "
+        f"{config['steps']} steps of {config['batch_size'] * config['context']} bytes",
         fontsize=12, color=_FAINT,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """What is seen while the race runs: a live table on a terminal, plain lines anywhere else."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class _Table:
 
 
 @contextmanager
-def display(problem: Problem, runners: list[Runner]) -> Iterator[_Plain | _Table]:
+def display(problem: Problem, runners: list[Runner]) -> Generator[_Plain | _Table]:
     """Open the display that suits where the output goes."""
     console = _console()
     if not console.is_terminal or console.is_dumb_terminal:

@@ -3,7 +3,7 @@
 import dataclasses
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -62,7 +62,7 @@ def saved_config(values: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[C
 
 
 @contextmanager
-def _interrupt() -> Iterator[list[bool]]:
+def _interrupt() -> Generator[list[bool]]:
     """Turn the first Ctrl-C into a flag read between turns; the second stops at once."""
     pressed: list[bool] = []
 
@@ -132,6 +132,7 @@ def _open(
             f"race: the folder holds an unfinished race, got {str(checkpoints.folder.parent)!r}. "
             "Add --resume to continue it, or choose another --out, or delete that folder."
         )
+    checkpoints.clear()
     return config, text, None
 
 

@@ -85,7 +85,7 @@ def results(problem: Problem, runners: list[Runner]) -> dict[str, Any]:
         "versions": versions(),
         "device": device(),
         "text": data.describe_text(config.text),
-        "text_bytes": int(problem.corpus.train.size),
+        "text_bytes": problem.corpus.train.size,
         "parameters": problem.size,
         "losses": {r.name: _losses(r, final.get(r.name), target) for r in runners},
         "timings": {r.name: _timings(r, target) for r in runners},
