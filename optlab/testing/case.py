@@ -74,6 +74,7 @@ class Case:
     facts: Mapping[str, Any] = field(default_factory=dict)
     fallback: Callable[[], Any] = optax.identity
     xfail: Mapping[str, str] = field(default_factory=dict)
+    traces: int = field(default=0, init=False)
 
     @functools.cached_property
     def selectors(self) -> frozenset[str]:
@@ -89,7 +90,12 @@ class Case:
     @functools.cached_property
     def step(self) -> Callable[..., tuple[Tree, Tree]]:
         """`(grads, state, params) -> (updates, state)` under jit, compiled once per tree."""
-        return jax.jit(lambda g, s, p: self.tx.update(g, s, p))
+
+        def step(grads, state, params):
+            self.traces += 1
+            return self.tx.update(grads, state, params)
+
+        return jax.jit(step)
 
     @functools.cached_property
     def tree(self) -> Tree:

@@ -1,11 +1,15 @@
 """Comparisons of trees whose failures name the leaf."""
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from optlab.testing.case import leaves_by_path
+
+Call = tuple[Any, ...]
 
 
 def as_numpy(x: Any) -> np.ndarray:
@@ -22,12 +26,16 @@ def same_structure(got: Any, want: Any, what: str) -> None:
 
 
 def close(got: Any, want: Any, what: str, rtol: float = 1e-5, atol: float = 1e-6) -> None:
-    """Assert that two trees agree to a tolerance, `atol` relative to a leaf's largest value."""
+    """Assert that two trees agree to a tolerance, `atol` relative to a leaf's largest value.
+
+    A leaf that cancels to almost nothing is measured against a hundredth of the tree's largest.
+    """
     same_structure(got, want, what)
-    expected = leaves_by_path(want)
+    expected = {path: as_numpy(x).astype(np.float64) for path, x in leaves_by_path(want).items()}
+    sizes = {path: float(np.max(np.abs(x), initial=0.0)) for path, x in expected.items()}
+    floor = max(0.01 * max(sizes.values(), default=0.0), 1e-30)
     for path, x in leaves_by_path(got).items():
-        a, b = (as_numpy(y).astype(np.float64) for y in (x, expected[path]))
-        scale = max(float(np.max(np.abs(b), initial=0.0)), 1e-30)
+        a, b, scale = as_numpy(x).astype(np.float64), expected[path], max(sizes[path], floor)
         good = np.allclose(a, b, rtol=rtol, atol=atol * scale)
         assert good, f"{what}: leaf '{path}' is off by {np.max(np.abs(a - b))} of {scale}"
 
@@ -64,6 +72,25 @@ def same_types(got: Any, want: Any, what: str) -> None:
     for path, x in leaves_by_path(got).items():
         a, b = type_of(x), type_of(expected[path])
         assert a == b, f"{what}: leaf '{path}' is {a}, {b} is expected"
+
+
+def program(fn: Callable[..., Any], *args: Any) -> str:
+    """Return the program JAX traces for a call, as text that two equal programs share."""
+
+    def flat(*args):
+        return jax.tree.leaves(fn(*args))
+
+    leaves, treedef = jax.tree.flatten(args)
+    text = str(jax.make_jaxpr(lambda *x: flat(*treedef.unflatten(x)))(*leaves))
+    return re.sub(r"0x[0-9a-f]+", "", text)  # addresses of functions
+
+
+def same_results(got: Call, want: Call, what: str) -> None:
+    """Assert that two calls `(fn, *args)` give the same leaves; one program is proof enough."""
+    if program(*got) == program(*want):
+        return
+    results = (jax.tree.leaves(jax.jit(fn)(*args)) for fn, *args in (got, want))
+    close(*results, what)
 
 
 def differs(a: Any, b: Any, rtol: float = 1e-4) -> bool:

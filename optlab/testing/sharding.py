@@ -102,7 +102,9 @@ def check_sharded_equals_replicated(case: Case) -> None:
         grads = case.grads(index)
         got, sharded_state = step(_placed(mesh, grads), sharded_state, params)
         want, state = case.step(grads, state, case.tree)
-    compare.close((got, sharded_state), (want, state), "two steps on 8 devices")
+    # Sums over 8 devices round in another order, and an update near the size of its parameters'
+    # rounding shows it.
+    compare.close((got, sharded_state), (want, state), "two steps on 8 devices", 1e-4, 1e-5)
 
 
 def _per_device(case: Case) -> Tree:

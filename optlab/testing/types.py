@@ -62,6 +62,7 @@ def _check_one_dtype(case: Case, dtype) -> None:
 def check_state_is_arrays(case: Case) -> None:
     """State holds arrays only, and none that merely repeats a constant at every step."""
     before = state = case.tx.init(case.tree)
+    elsewhere = leaves_by_path(case.tx.init(case.grads()))
     for index in range(3):
         for path, leaf in leaves_by_path(state).items():
             assert isinstance(leaf, jax.Array), f"state leaf '{path}' is a {type(leaf).__name__}"
@@ -70,8 +71,10 @@ def check_state_is_arrays(case: Case) -> None:
     for path, leaf in leaves_by_path(before).items():
         value = compare.as_numpy(leaf)
         is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        moved = not np.array_equal(value, compare.as_numpy(after[path]))
-        assert is_key or moved or not value.any(), f"state leaf '{path}' is a constant, {value}"
+        # A constant is the same after three steps, and for other parameters; zero is no constant.
+        others = compare.as_numpy(after[path]), compare.as_numpy(elsewhere[path])
+        varies = any(not np.array_equal(value, other) for other in others)
+        assert is_key or varies or not value.any(), f"state leaf '{path}' is a constant, {value}"
 
 
 @applies()
@@ -111,7 +114,8 @@ def check_donate(case: Case) -> None:
         updates, plain_state = case.step(case.grads(index), plain_state, params)
         params = optax.apply_updates(params, updates)
         donated = donating(*donated, case.grads(index))
-    compare.close(donated[0], params, "parameters after two donating steps")
+    # Two programs, fused differently: a few roundings of the larger of p and u.
+    compare.close(donated[0], params, "parameters after two donating steps", 1e-5, 1e-5)
 
 
 def _through_bytes(state, template):

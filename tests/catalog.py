@@ -1,0 +1,233 @@
+"""The only table of optlab's transformations: arguments, promises and the leaves they hit.
+
+A row's name is the public name, with what sets it apart in brackets where there are several. Its
+arguments make the standard tree take the method's real path: AdamP's threshold is so high that the
+projection fires, LARS's coefficient so high that the steps show.
+"""
+
+import functools
+from functools import partial
+
+import optax
+
+import optlab
+from optlab.testing import Case
+
+MATRICES = ("attn/query/kernel", "conv/kernel", "dense/kernel")
+VECTORS = ("dense/bias", "norm/scale")
+TENSORS = MATRICES + VECTORS
+ALL = (*TENSORS, "temperature")
+
+_ELEMENTWISE = {"elementwise", "layerwise"}
+_MILLION = 1_000_000
+
+
+def _recipe(name: str, fallback=None, *, tags=(), hits=ALL, facts=(), tag="", **arguments) -> Case:
+    """Return the row of a recipe; what it must differ from is plain descent at its rate."""
+    rate = arguments.setdefault("learning_rate", 0.1)
+    return Case(
+        name + (f"[{tag}]" if tag else ""),
+        partial(getattr(optlab, name), **arguments),
+        frozenset({"recipe", *tags}),
+        hits=hits,
+        facts=dict(facts),
+        fallback=fallback or partial(optax.sgd, rate),
+    )
+
+
+def _link(name: str, fallback=optax.identity, *, tags=(), hits=ALL, facts=(), tag="", **arguments):
+    """Return the row of a primitive; what it must differ from is the identity."""
+    return Case(
+        name + (f"[{tag}]" if tag else ""),
+        partial(getattr(optlab, name), **arguments),
+        frozenset(tags),
+        hits=hits,
+        facts=dict(facts),
+        fallback=fallback,
+    )
+
+
+@functools.wraps(optlab.scale_by_friction)
+def _remembered_friction(**arguments):
+    return optlab.with_previous_updates(optlab.scale_by_friction(**arguments))
+
+
+RECIPES = (
+    _recipe("lion", tags={"scale_invariant", *_ELEMENTWISE}, facts={"state_bytes": 4.0}),
+    _recipe(
+        "lion_k",
+        tag="l2",
+        kappa="l2",
+        tags={"scale_invariant", "layerwise"},
+        facts={"state_bytes": 4.0, "convergence_rate": 0.5},
+    ),
+    _recipe("signum", tags={"scale_invariant", *_ELEMENTWISE}, facts={"state_bytes": 4.0}),
+    _recipe(
+        "adamp",
+        partial(optax.adam, 0.1),
+        delta=100.0,
+        tags={"angular", "layerwise"},
+        hits=MATRICES,
+        facts={"state_bytes": 8.0},
+    ),
+    _recipe(
+        "sgdp",
+        partial(optax.sgd, 0.1, momentum=0.9),
+        delta=100.0,
+        tags={"angular", "layerwise"},
+        hits=MATRICES,
+        facts={"state_bytes": 4.0, "convergence_rate": 0.3},
+    ),
+    _recipe(
+        "nap",
+        partial(optax.adam, 0.1),
+        tags={"angular", "layerwise", "fixed_norm", "needs_params"},
+        hits=MATRICES,
+        facts={"state_bytes": 8.0},
+    ),
+    _recipe("diffgrad", tags=_ELEMENTWISE, facts={"state_bytes": 12.0}),
+    _recipe("adabelief", tags={"scale_invariant", *_ELEMENTWISE}, facts={"state_bytes": 8.0}),
+    _recipe("adagrad_norm", facts={"state_bytes": 0.0, "convergence_rate": 20.0}),
+    _recipe(
+        "lars",
+        partial(optax.sgd, 0.1, momentum=0.9),
+        trust_coefficient=0.5,
+        tags={"layerwise", "scale_invariant"},
+        facts={"state_bytes": 4.0},
+    ),
+    _recipe("lamb", tags={"layerwise", "scale_invariant"}, facts={"state_bytes": 8.0}),
+    _recipe(
+        "sgd_sai",
+        partial(optax.sgd, 0.1, momentum=0.9),
+        facts={"state_bytes": 4.0, "convergence_rate": 1.0},
+    ),
+    _recipe("allora", tags={"layerwise", "stateless"}, hits=MATRICES, facts={"state_bytes": 0.0}),
+)
+
+LINKS = (
+    _link(
+        "interpolate_momentum",
+        tags={"momentum", *_ELEMENTWISE},
+        facts={
+            "state_bytes": 4.0,
+            "constant_gradient": lambda t: 1 - 0.9 * 0.99 ** (t - 1),
+            "no_momentum": {"b1": 0.0},
+        },
+    ),
+    _link(
+        "ema_from_first",
+        decay=0.9,
+        tags={"momentum", *_ELEMENTWISE},
+        facts={
+            "state_bytes": 4.0,
+            "constant_gradient": lambda t: 1.0,
+            "no_momentum": {"decay": 0.0},
+        },
+    ),
+    _link(
+        "with_previous_updates",
+        optax.scale_by_adam,
+        inner=optlab.scale_by_friction(),
+        tags={"wrapper", *_ELEMENTWISE},
+        facts={"state_bytes": 12.0},
+    ),
+    _link(
+        "apply_kappa",
+        tags={"sign", "scale_invariant", "idempotent", "stateless", *_ELEMENTWISE},
+        facts={"state_bytes": 0.0},
+    ),
+    _link(
+        "scale_by_lion_k",
+        kappa="l2",
+        tag="l2",
+        tags={"scale_invariant", "layerwise"},
+        facts={"state_bytes": 4.0},
+    ),
+    _link(
+        "scale_by_sign_momentum",
+        tags={"sign", "scale_invariant", *_ELEMENTWISE},
+        facts={"state_bytes": 4.0},
+    ),
+    _link(
+        "remove_radial",
+        tags={"radial", "idempotent", "stateless", "needs_params", "layerwise"},
+        hits=TENSORS,
+        facts={"state_bytes": 0.0},
+    ),
+    _link(
+        "project_radial",
+        optlab.interpolate_momentum,
+        inner=optlab.interpolate_momentum(),
+        delta=100.0,
+        tags={"wrapper", "radial", "needs_params", "layerwise"},
+        hits=MATRICES,
+        facts={"state_bytes": 4.0},
+    ),
+    _link(
+        "normalize_and_project",
+        partial(optlab.lion, 0.1),
+        inner=optlab.lion(0.1),
+        tags={"wrapper", "fixed_norm", "needs_params", "layerwise"},
+        hits=MATRICES,
+        facts={"state_bytes": 4.0},
+    ),
+    _link("scale_by_moments", tags=_ELEMENTWISE, facts={"state_bytes": 8.0}),
+    _link("scale_by_belief", tags={"scale_invariant", *_ELEMENTWISE}, facts={"state_bytes": 8.0}),
+    Case(
+        "scale_by_friction",
+        _remembered_friction,
+        frozenset(_ELEMENTWISE),
+        hits=ALL,
+        facts={"state_bytes": 12.0},
+        fallback=optax.scale_by_adam,
+    ),
+    _link("scale_by_diffgrad", optax.scale_by_adam, tags=_ELEMENTWISE, facts={"state_bytes": 12.0}),
+    _link("scale_by_adagrad_norm", facts={"state_bytes": 0.0}),
+    _link(
+        "scale_by_trust_ratio",
+        tags={"trust_ratio", "scale_invariant", "stateless", "needs_params", "layerwise"},
+        facts={"state_bytes": 0.0},
+    ),
+    # The leaf with the largest ratio, the convolution, keeps its gradient.
+    _link(
+        "scale_by_initial_snr",
+        hits=("attn/query/kernel", "dense/kernel", *VECTORS, "temperature"),
+        facts={"state_bytes": 0.0},
+    ),
+    _link(
+        "scale_by_inverse_row_norm",
+        tags={"stateless", "needs_params", "layerwise"},
+        hits=MATRICES,
+        facts={"state_bytes": 0.0},
+    ),
+    _link(
+        "add_cautious_decay",
+        weight_decay=0.1,
+        tags={"decay", "stateless", "needs_params", *_ELEMENTWISE},
+        # The temperature's update points the other way. The minus sign comes later in the chain.
+        hits=TENSORS,
+        facts={"state_bytes": 0.0, "decay_factor": 1.1},
+    ),
+    _link(
+        "decay_after_update",
+        learning_rate=1.0,
+        weight_decay=0.1,
+        tags={"decay", "needs_params", *_ELEMENTWISE},
+        facts={"state_bytes": 0.0, "decay_factor": 0.9},
+    ),
+)
+
+
+def _wsd(decay: str, end_value: float = 0.1) -> Case:
+    make = partial(optlab.wsd, 1.0, _MILLION, _MILLION, _MILLION, end_value=end_value, decay=decay)
+    joints = (_MILLION, 2 * _MILLION, 3 * _MILLION)
+    facts = {"total": 3 * _MILLION, "joints": joints}
+    return Case(f"wsd[{decay}]", make, frozenset({"schedule"}), facts=facts)
+
+
+SCHEDULES = tuple(
+    _wsd(decay)
+    for decay in ("linear", "cosine", "one_minus_sqrt", "exponential", "inverse_proportional")
+)
+
+CASES = (*RECIPES, *LINKS, *SCHEDULES)
