@@ -126,17 +126,24 @@ def _replicated_step(case: Case):
 
 @applies()
 def check_shard_map(case: Case) -> None:
-    """Data parallel under `jax.shard_map`: gradients averaged inside, one device's numbers."""
+    """Under `jax.shard_map` averaged gradients give one device's step, own ones each its own."""
     mesh, step = mesh_of(AxisType.Auto, (8,), ("batch",)), _replicated_step(case)
-    mapped = jax.shard_map(
-        lambda g, p: step(jax.tree.map(lambda x: x[0], g), p),
-        mesh=mesh,
-        in_specs=(P("batch"), P()),
-        out_specs=P(),
-    )
-    got = jax.jit(mapped)(_per_device(case), case.tree)
+
+    def both(grads, params):
+        own = jax.tree.map(lambda x: x[0], grads)
+        # Gradients as parameters: these differ between the devices, and so does all that follows.
+        alone, _ = case.tx.update(own, case.tx.init(own), own)
+        return step(own, params), jax.tree.map(lambda x: x[None], alone)
+
+    mapped = jax.shard_map(both, mesh=mesh, in_specs=(P("batch"), P()), out_specs=(P(), P("batch")))
+    grads = _per_device(case)
+    averaged, alone = jax.device_get(jax.jit(mapped)(grads, case.tree))
     want = case.step(case.grads(), case.tx.init(case.tree), case.tree)
-    compare.close(jax.device_get(got), jax.device_get(want), "a step under shard_map", 1e-4, 1e-5)
+    compare.close(averaged, jax.device_get(want), "a step under shard_map", 1e-4, 1e-5)
+    own = jax.tree.map(lambda x: x[6], grads)
+    want, _ = case.step(own, case.tx.init(own), own)
+    got = jax.tree.map(lambda x: x[6], alone)
+    compare.close(got, jax.device_get(want), "device 6 alone under shard_map", 1e-4, 1e-5)
 
 
 @applies()
