@@ -27,19 +27,46 @@ def _refuse(name: str, argument: str, must: str, value: Any) -> ValueError:
     return ValueError(f"{name}: {argument} must be {must}, got {value!r}.")
 
 
-def _number(name: str, argument: str, must: str, value: Any) -> float | None:
+def check_takes(name: str, argument: str, what: str, value: Callable[..., Any]) -> None:
+    """Refuse a function that cannot be called with one argument, `what`."""
+    try:
+        inspect.signature(value).bind(what)
+    except TypeError as error:
+        raise TypeError(
+            f"{name}: {argument} must be a function of {what}, got {value!r} ({error}). "
+            f"Write it as lambda {what}: ..."
+        ) from None
+    except ValueError:
+        pass  # a builtin without a signature
+
+
+def _number(
+    name: str, argument: str, must: str, value: Any, *, schedule: bool = False
+) -> float | None:
     """Return a Python number to check, or None for what is known only inside jit."""
-    if isinstance(value, jax.Array) or callable(value):
-        return None  # an injected hyperparameter or a schedule
+    if isinstance(value, jax.Array) and value.ndim == 0:
+        return None  # an injected hyperparameter
+    if hasattr(value, "shape") and value.shape:
+        raise TypeError(f"{name}: {argument} must be {must}, got an array of shape {value.shape}.")
+    if schedule and callable(value):
+        return check_takes(name, argument, "step", value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: {argument} must be {must}, got {value!r}.")
     return float(value)
 
 
-def check_range(name: str, must: str, accept: Callable[[float], bool], **arguments: Any) -> None:
-    """Refuse an argument that is no number, or one that `accept` turns down."""
+def check_range(
+    name: str,
+    must: str,
+    accept: Callable[[float], bool],
+    *,
+    schedule: bool = False,
+    **arguments: Any,
+) -> None:
+    """Refuse an argument that is no number, nor a schedule where one may be, or out of range."""
+    must += " or a schedule" if schedule else ""
     for argument, value in arguments.items():
-        number = _number(name, argument, must, value)
+        number = _number(name, argument, must, value, schedule=schedule)
         if number is not None and not accept(number):
             raise _refuse(name, argument, must, value)
 
@@ -49,14 +76,16 @@ def check_decay(name: str, **arguments: Any) -> None:
     check_range(name, "a number in [0, 1)", lambda x: 0 <= x < 1, **arguments)
 
 
-def check_nonnegative(name: str, **arguments: Any) -> None:
+def check_nonnegative(name: str, *, schedule: bool = False, **arguments: Any) -> None:
     """Refuse negative, infinite and missing numbers."""
-    check_range(name, "a number >= 0", lambda x: 0 <= x < float("inf"), **arguments)
+    accept = lambda x: 0 <= x < float("inf")  # noqa: E731
+    check_range(name, "a number >= 0", accept, schedule=schedule, **arguments)
 
 
-def check_positive(name: str, **arguments: Any) -> None:
+def check_positive(name: str, *, schedule: bool = False, **arguments: Any) -> None:
     """Refuse numbers that are not above zero."""
-    check_range(name, "a number > 0", lambda x: 0 < x < float("inf"), **arguments)
+    accept = lambda x: 0 < x < float("inf")  # noqa: E731
+    check_range(name, "a number > 0", accept, schedule=schedule, **arguments)
 
 
 def check_dtype(name: str, **arguments: Any) -> None:
@@ -126,7 +155,14 @@ def explain_keywords(fn: F) -> F:
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{fn.__name__}: {error}. Call {fn.__name__}{signature}.") from None
+            plain = signature.replace(
+                parameters=[
+                    p.replace(annotation=inspect.Parameter.empty)
+                    for p in signature.parameters.values()
+                ],
+                return_annotation=inspect.Signature.empty,
+            )
+            raise TypeError(f"{fn.__name__}: {error}. Call {fn.__name__}{plain}.") from None
         return fn(*args, **kwargs)
 
     return wrapper  # type: ignore[return-value]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.shard_alike import shard_alike
 
+from optlab import _checks
 from optlab import layout as _layout
 
 Mask = Any | Callable[[Any], Any] | None
@@ -181,6 +182,15 @@ def scalars(name: str, fn: Callable[..., jax.Array], updates: Any, params: Any =
     return jnp.stack(column) if column else jnp.zeros((0,), jnp.float32)
 
 
+def check_count(name: str, updates: Any, values: jax.Array) -> None:
+    """Refuse updates with another number of leaves than the vector kept about them."""
+    if leaf_count(updates) != len(values):
+        raise ValueError(
+            f"{name}: the updates have {leaf_count(updates)} leaves, init saw {len(values)}. "
+            "Pass gradients of the very parameters that init was given."
+        )
+
+
 def spread(tree: Any, values: jax.Array) -> Any:
     """Return a tree like `tree` with the entries of a vector, or one scalar, as its leaves."""
     treedef = jax.tree.structure(tree, is_leaf=is_none)
@@ -201,6 +211,16 @@ def init_slots(name: str, params: Any, dtype: Any = None) -> Any:
     return jax.tree.map(lambda p: zeros_like(p, dtype), params)
 
 
+def init_checked(name: str) -> optax.TransformInitFn:
+    """Return an `init` without state that refuses by name what cannot be optimized."""
+
+    def init(params):
+        check_tree(name, params)
+        return optax.EmptyState()
+
+    return init
+
+
 def stateless(
     name: str, fn: Callable[..., jax.Array], *, needs_params: bool = False
 ) -> optax.GradientTransformationExtraArgs:
@@ -215,7 +235,7 @@ def stateless(
         )
         return updates, state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return optax.GradientTransformationExtraArgs(init_checked(name), update)
 
 
 def _read(name: str, extra_args: dict[str, Any], key: str) -> Any:
@@ -268,15 +288,18 @@ def stateful(
 
 def resolve_mask(name: str, mask: Mask, params: Any) -> Any:
     """Return a tree of bools, one per leaf of `params`, from any accepted form of mask."""
+    if callable(mask):
+        _checks.check_takes(name, "the mask", "params", mask)
     tree = mask(params) if callable(mask) else mask
     if tree is None:
         return jax.tree.map(lambda _: True, params)
     try:
         tree = jax.tree.broadcast(tree, params)
     except ValueError as error:
+        ours, theirs = ([path for path, _ in _named(t)][:3] for t in (tree, params))
         raise ValueError(
-            f"{name}: the mask is no prefix of the parameter tree: {error}. "
-            "Give a bool per leaf or subtree, or a function of params."
+            f"{name}: the mask is no prefix of the parameter tree: it has the leaves {ours}, the "
+            f"parameters {theirs}. Give a bool per leaf or subtree, or a function of params."
         ) from error
     for path, leaf in _named(tree):
         if not isinstance(leaf, bool):

@@ -5,6 +5,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optlab import _checks, _leafwise
 from optlab.transforms.adaptive import scale_by_adagrad_norm, scale_by_belief, scale_by_friction
+from optlab.transforms.decay import add_decay
 from optlab.transforms.momentum import with_previous_updates
 
 
@@ -69,8 +70,10 @@ def diffgrad(
       Dubey et al., diffGrad: an optimization method for convolutional neural networks,
       arXiv:1909.11015, 2019, eq. 9-11; code: shivram1987/diffGrad at 73233ba, diffGrad_v2.py.
     """
-    _checks.check_nonnegative("diffgrad", learning_rate=learning_rate, weight_decay=weight_decay)
-    decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
+    _checks.check_nonnegative(
+        "diffgrad", learning_rate=learning_rate, weight_decay=weight_decay, schedule=True
+    )
+    decay = add_decay("diffgrad", weight_decay, weight_decay_mask)
     friction = scale_by_friction(
         b1, b2, eps, eps_root=eps_root, official=official, amsgrad=amsgrad, mu_dtype=mu_dtype
     )
@@ -147,8 +150,10 @@ def adabelief(
       Zhuang et al., AdaBelief optimizer: adapting stepsizes by the belief in observed gradients,
       arXiv:2010.07468, 2020, Alg. 2; code: juntang-zhuang/Adabelief-Optimizer at 2855178.
     """
-    _checks.check_nonnegative("adabelief", learning_rate=learning_rate, weight_decay=weight_decay)
-    decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
+    _checks.check_nonnegative(
+        "adabelief", learning_rate=learning_rate, weight_decay=weight_decay, schedule=True
+    )
+    decay = add_decay("adabelief", weight_decay, weight_decay_mask)
     belief = scale_by_belief(
         b1,
         b2,
@@ -211,10 +216,10 @@ def adagrad_norm(
       2018, Alg. 1.
     """
     _checks.check_nonnegative(
-        "adagrad_norm", learning_rate=learning_rate, weight_decay=weight_decay
+        "adagrad_norm", learning_rate=learning_rate, weight_decay=weight_decay, schedule=True
     )
     return optax.chain(
         scale_by_adagrad_norm(b0, per_leaf=per_leaf),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        add_decay("adagrad_norm", weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -6,6 +6,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
 from optlab.transforms.adaptive import scale_by_moments
+from optlab.transforms.decay import add_decay
 from optlab.transforms.momentum import ema_from_first
 from optlab.transforms.trust_ratio import (
     scale_by_initial_snr,
@@ -81,7 +82,7 @@ def lars(
       You et al., Large batch training of convolutional networks, arXiv:1708.03888, 2017, Alg. 1.
     """
     name = "lars"
-    _checks.check_nonnegative(name, learning_rate=learning_rate)
+    _checks.check_nonnegative(name, learning_rate=learning_rate, schedule=True)
     _checks.check_decay(name, momentum=momentum)
     _checks.check_dtype(name, mu_dtype=mu_dtype)
     ratio = scale_by_trust_ratio(
@@ -162,7 +163,7 @@ def lamb(
       You et al., Large batch optimization for deep learning: training BERT in 76 minutes,
       arXiv:1904.00962, 2019, Alg. 2.
     """
-    _checks.check_nonnegative("lamb", learning_rate=learning_rate)
+    _checks.check_nonnegative("lamb", learning_rate=learning_rate, schedule=True)
     return optax.chain(
         scale_by_moments(b1, b2, eps, bias_correction=bias_correction, mu_dtype=mu_dtype),
         scale_by_trust_ratio(
@@ -231,11 +232,13 @@ def sgd_sai(
       Xu et al., No more Adam: learning rate scaling at initialization is all you need,
       arXiv:2412.11768, 2024, Alg. 1; code: AnonymousAlethiometer/SGD_SaI at e213080.
     """
-    _checks.check_nonnegative("sgd_sai", learning_rate=learning_rate, weight_decay=weight_decay)
+    _checks.check_nonnegative(
+        "sgd_sai", learning_rate=learning_rate, weight_decay=weight_decay, schedule=True
+    )
     return optax.chain(
         scale_by_initial_snr(eps, normalize=not official),
         ema_from_first(momentum, mu_dtype=mu_dtype),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        add_decay("sgd_sai", weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -290,7 +293,7 @@ def allora(
       Huang and Balestriero, ALLoRA: adaptive learning rate mitigates LoRA fatal flaws,
       arXiv:2410.09692, 2024.
     """
-    _checks.check_nonnegative("allora", learning_rate=learning_rate)
+    _checks.check_nonnegative("allora", learning_rate=learning_rate, schedule=True)
     base = optax.identity() if base is None else base
     _checks.check_transform("allora", "base", base)
     rows = scale_by_inverse_row_norm(eta, layout=layout)

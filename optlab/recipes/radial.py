@@ -73,7 +73,7 @@ def adamp(
       Heo et al., AdamP: slowing down the slowdown for momentum optimizers on scale-invariant
       weights, arXiv:2006.08217, 2020, Alg. 2; code: clovaai/AdamP at 7f6f038.
     """
-    _checks.check_nonnegative("adamp", learning_rate=learning_rate)
+    _checks.check_nonnegative("adamp", learning_rate=learning_rate, schedule=True)
     adam = scale_by_moments(b1, b2, eps, nesterov=nesterov, mu_dtype=mu_dtype)
     return optax.chain(
         project_radial(
@@ -152,7 +152,9 @@ def sgdp(
       Heo et al., AdamP: slowing down the slowdown for momentum optimizers on scale-invariant
       weights, arXiv:2006.08217, 2020, Alg. 1; code: clovaai/AdamP at 7f6f038.
     """
-    _checks.check_nonnegative("sgdp", learning_rate=learning_rate, weight_decay=weight_decay)
+    _checks.check_nonnegative("sgdp", learning_rate=learning_rate, schedule=True)
+    _checks.check_nonnegative("sgdp", weight_decay=weight_decay)
+    _checks.check_dtype("sgdp", mu_dtype=mu_dtype)
     _checks.check_decay("sgdp", momentum=momentum, dampening=dampening)
     # trace(scale(g)) is the dampened buffer, but Nesterov's g is the whole one.
     heavy_ball = _dampened_trace(momentum, dampening, nesterov=nesterov, mu_dtype=mu_dtype)
@@ -227,7 +229,7 @@ def nap(
       Lyle et al., Normalization and effective learning rates in reinforcement learning,
       arXiv:2407.01800, 2024.
     """
-    _checks.check_nonnegative("nap", learning_rate=learning_rate)
+    _checks.check_nonnegative("nap", learning_rate=learning_rate, schedule=True)
     adam = optax.chain(
         scale_by_moments(b1, b2, eps, mu_dtype=mu_dtype),
         optax.scale_by_learning_rate(learning_rate),

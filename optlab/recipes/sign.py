@@ -4,6 +4,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optlab import _checks, _leafwise
+from optlab.transforms.decay import add_decay
 from optlab.transforms.kappa import Kappa
 from optlab.transforms.sign import apply_kappa, scale_by_lion_k
 
@@ -15,10 +16,12 @@ def _finish(
     weight_decay: optax.ScalarOrSchedule,
     weight_decay_mask: _leafwise.Mask,
 ) -> optax.GradientTransformationExtraArgs:
-    _checks.check_nonnegative(name, learning_rate=learning_rate, weight_decay=weight_decay)
+    _checks.check_nonnegative(
+        name, learning_rate=learning_rate, weight_decay=weight_decay, schedule=True
+    )
     return optax.chain(
         direction,
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        add_decay(name, weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 

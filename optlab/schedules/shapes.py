@@ -26,6 +26,7 @@ _DECAYS: dict[str, _Decay] = {
 }
 
 
+@_checks.explain_keywords
 def wsd(
     peak_value: float,
     warmup_steps: int,

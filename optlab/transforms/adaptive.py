@@ -60,6 +60,7 @@ def _correction(decay: ArrayLike, count: jax.Array) -> jax.Array:
     return 1 - jnp.asarray(decay) ** count
 
 
+@_checks.explain_keywords
 def scale_by_moments(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
@@ -129,6 +130,7 @@ def rectification(b2: ArrayLike, count: jax.Array, *, threshold: float = 5.0):
     return jnp.sqrt(jnp.where(tractable, r2, 1.0)), tractable
 
 
+@_checks.explain_keywords
 def scale_by_belief(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
@@ -202,6 +204,7 @@ def scale_by_belief(
     return _moments(name, make_leaf, mu_dtype, amsgrad=amsgrad)
 
 
+@_checks.explain_keywords
 def scale_by_friction(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
@@ -261,6 +264,7 @@ def scale_by_friction(
     return _moments(name, make_leaf, mu_dtype, amsgrad=amsgrad, reads=("previous_updates",))
 
 
+@_checks.explain_keywords
 def scale_by_diffgrad(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
@@ -307,6 +311,7 @@ def scale_by_diffgrad(
     return with_previous_updates(friction)
 
 
+@_checks.explain_keywords
 def scale_by_adagrad_norm(
     b0: ArrayLike = 0.1, *, per_leaf: bool = False
 ) -> optax.GradientTransformationExtraArgs:

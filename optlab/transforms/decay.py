@@ -36,6 +36,27 @@ def _masked(name, leaf, mask):
     return update
 
 
+def add_decay(
+    name: str, weight_decay: optax.ScalarOrSchedule, mask: _leafwise.Mask
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.add_decayed_weights` for the recipe `name`, which its errors name with the leaf."""
+    decay = optax.add_decayed_weights(weight_decay, mask)
+
+    def init(params):
+        _leafwise.resolve_mask(name, mask, params)
+        return decay.init(params)
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        _leafwise.require_params(name, params)
+        _leafwise.resolve_mask(name, mask, params)
+        _leafwise.leafwise(name, lambda _, u, p: (u,), updates, (), params)
+        return decay.update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+@_checks.explain_keywords
 def add_cautious_decay(
     weight_decay: ArrayLike = 0.0, mask: _leafwise.Mask = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -70,9 +91,12 @@ def add_cautious_decay(
         del state
         return u + jnp.where(u * p >= 0, weight_decay * p, 0)
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, _masked(name, leaf, mask))
+    return optax.GradientTransformationExtraArgs(
+        _leafwise.init_checked(name), _masked(name, leaf, mask)
+    )
 
 
+@_checks.explain_keywords
 def decay_after_update(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: ArrayLike = 0.0,
@@ -103,7 +127,8 @@ def decay_after_update(
       [1.]
     """
     name = "decay_after_update"
-    _checks.check_nonnegative(name, learning_rate=learning_rate, weight_decay=weight_decay)
+    _checks.check_nonnegative(name, learning_rate=learning_rate, schedule=True)
+    _checks.check_nonnegative(name, weight_decay=weight_decay)
 
     def leaf(u, p, state):
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
@@ -112,7 +137,7 @@ def decay_after_update(
     apply = _masked(name, leaf, mask)
 
     def init(params):
-        del params
+        _leafwise.check_tree(name, params)
         return DecayAfterUpdateState(jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra_args):

@@ -35,6 +35,7 @@ def _reads_new_average(b1: ArrayLike, b2: ArrayLike) -> bool:
     return static and b2 > 0 and b1 <= 2 * b2
 
 
+@_checks.explain_keywords
 def interpolate_momentum(
     b1: ArrayLike = 0.9, b2: ArrayLike = 0.99, *, mu_dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -83,6 +84,7 @@ def interpolate_momentum(
     return _leafwise.stateful(name, InterpolateMomentumState, (mu_dtype,), lambda: leaf)
 
 
+@_checks.explain_keywords
 def ema_from_first(
     decay: ArrayLike, *, mu_dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -126,6 +128,7 @@ def ema_from_first(
     return _leafwise.stateful(name, EmaFromFirstState, (mu_dtype,), make_leaf)
 
 
+@_checks.explain_keywords
 def with_previous_updates(
     inner: optax.GradientTransformation,
     *,

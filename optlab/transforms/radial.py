@@ -34,6 +34,7 @@ def _axes(view: _layout.MatrixView) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(a for a in both if a not in view.channels), both
 
 
+@_checks.explain_keywords
 def remove_radial(*, layout: _layout.Policy | None = None) -> optax.GradientTransformationExtraArgs:
     """Remove from every update its component along the parameter.
 
@@ -94,6 +95,7 @@ def _radial_coefficient(g, p, u, view, delta, eps) -> tuple[jax.Array, jax.Array
     return coefficient, fired
 
 
+@_checks.explain_keywords
 def project_radial(
     inner: optax.GradientTransformation,
     *,
@@ -179,6 +181,7 @@ def project_radial(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@_checks.explain_keywords
 def normalize_and_project(
     inner: optax.GradientTransformation,
     *,

@@ -3,11 +3,12 @@
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optlab import _leafwise
+from optlab import _checks, _leafwise
 from optlab.transforms import kappa as _kappa
 from optlab.transforms.momentum import interpolate_momentum
 
 
+@_checks.explain_keywords
 def apply_kappa(kappa: _kappa.Kappa | str = "l1") -> optax.GradientTransformationExtraArgs:
     """Replace every leaf by a (sub)gradient of the convex function kappa at it.
 
@@ -35,12 +36,19 @@ def apply_kappa(kappa: _kappa.Kappa | str = "l1") -> optax.GradientTransformatio
     gradient = _kappa.resolve("apply_kappa", kappa)
 
     def leaf(path, u, p):
-        del path, p
-        return gradient(u)
+        del p
+        new = gradient(u)
+        if getattr(new, "shape", None) != u.shape:
+            raise TypeError(
+                f"apply_kappa: kappa must keep the shape {u.shape} of leaf '{path}', got {new!r}. "
+                "Give a function of one leaf; what makes one is called first: kappa.huber(0.1)."
+            )
+        return new
 
     return _leafwise.stateless("apply_kappa", leaf)
 
 
+@_checks.explain_keywords
 def scale_by_lion_k(
     kappa: _kappa.Kappa | str = "l1",
     b1: ArrayLike = 0.9,
@@ -77,6 +85,7 @@ def scale_by_lion_k(
     return optax.chain(interpolate_momentum(b1, b2, mu_dtype=mu_dtype), apply_kappa(kappa))
 
 
+@_checks.explain_keywords
 def scale_by_sign_momentum(
     b1: ArrayLike = 0.9, b2: ArrayLike = 0.99, *, mu_dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:

@@ -1,5 +1,6 @@
 """Layerwise rates: one factor per leaf or matrix, from norms of weights and updates."""
 
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -26,13 +27,15 @@ class ScaleByInitialSnrState(NamedTuple):
 
 
 def _clip_bounds(name: str, phi: tuple[float, float] | None) -> None:
-    good = phi is None or (isinstance(phi, tuple) and len(phi) == 2 and 0 <= phi[0] <= phi[1])
+    real = isinstance(phi, tuple) and all(isinstance(x, numbers.Real) for x in phi)
+    good = phi is None or (real and len(phi) == 2 and 0 <= phi[0] <= phi[1])
     if not good:
         raise ValueError(
             f"{name}: phi must be None or (low, high) with 0 <= low <= high, got {phi!r}."
         )
 
 
+@_checks.explain_keywords
 def scale_by_trust_ratio(
     trust_coefficient: ArrayLike = 1.0,
     *,
@@ -89,7 +92,7 @@ def scale_by_trust_ratio(
     _checks.check_choice(name, "norm", norm, ("of_sum", "sum_of"))
     _clip_bounds(name, phi)
     if max_ratio is not None:
-        _checks.check_positive(name, max_ratio=max_ratio)
+        _checks.check_positive(name, max_ratio=max_ratio, schedule=True)
     if zero_norm_ratio is not None:
         _checks.check_nonnegative(name, zero_norm_ratio=zero_norm_ratio)
     _checks.check_callable(name, layout=layout)
@@ -137,6 +140,7 @@ def scale_by_trust_ratio(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@_checks.explain_keywords
 def scale_by_initial_snr(
     eps: ArrayLike = 1e-8, *, normalize: bool = True, ddof: int = 1, fallback: ArrayLike = 1.0
 ) -> optax.GradientTransformationExtraArgs:
@@ -196,6 +200,7 @@ def scale_by_initial_snr(
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         # A branch, not a select: the reductions run once in a training run.
+        _leafwise.check_count(name, updates, state.snr)
         dtype = state.snr.dtype
         snr = jax.lax.cond(
             state.count == 0, lambda u: measure(u).astype(dtype), lambda _: state.snr, updates
@@ -206,6 +211,7 @@ def scale_by_initial_snr(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@_checks.explain_keywords
 def scale_by_inverse_row_norm(
     eta: ArrayLike = 2.0,
     *,
