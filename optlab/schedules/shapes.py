@@ -18,7 +18,7 @@ def _exponential(tau: jax.Array, high: float, low: float) -> jax.Array:
 
 
 _DECAYS: dict[str, _Decay] = {
-    "linear": lambda tau, high, low: high + (low - high) * tau,
+    "linear": lambda tau, high, low: (1 - tau) * high + tau * low,
     "cosine": lambda tau, high, low: low + (high - low) * (1 + jnp.cos(jnp.pi * tau)) / 2,
     "one_minus_sqrt": lambda tau, high, low: low + (high - low) * (1 - jnp.sqrt(tau)),
     "exponential": _exponential,
