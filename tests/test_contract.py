@@ -6,8 +6,8 @@ import pytest
 from optlab.testing import checks_for, run_check
 
 ROWS = [
-    # One worker per row: the compiled step and the operations of its tree are shared by checks.
-    pytest.param(case, check, id=f"{case.name}-{check}", marks=pytest.mark.xdist_group(case.name))
+    # Row by row: the checks of a row share its compiled step, and xdist hands out neighbours.
+    pytest.param(case, check, id=f"{case.name}-{check}")
     for case in catalog.CASES
     for check in checks_for(case.selectors)
 ]

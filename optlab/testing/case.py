@@ -88,7 +88,7 @@ class Case:
         return self.make()
 
     @functools.cached_property
-    def step(self) -> Callable[..., tuple[Tree, Tree]]:
+    def step(self) -> Any:
         """`(grads, state, params) -> (updates, state)` under jit, compiled once per tree."""
 
         def step(grads, state, params):
@@ -129,5 +129,6 @@ class Case:
 def default_of(case: Case, name: str) -> Any:
     """Return the default of a hyperparameter of `make`, None where there is none."""
     parameter = case.signature.parameters.get(name)
-    missing = parameter is None or parameter.default is inspect.Parameter.empty
-    return None if missing else parameter.default
+    if parameter is None or parameter.default is inspect.Parameter.empty:
+        return None
+    return parameter.default

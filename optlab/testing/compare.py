@@ -89,8 +89,8 @@ def same_results(got: Call, want: Call, what: str) -> None:
     """Assert that two calls `(fn, *args)` give the same leaves; one program is proof enough."""
     if program(*got) == program(*want):
         return
-    results = (jax.tree.leaves(jax.jit(fn)(*args)) for fn, *args in (got, want))
-    close(*results, what)
+    ours, theirs = (jax.tree.leaves(jax.jit(fn)(*args)) for fn, *args in (got, want))
+    close(ours, theirs, what)
 
 
 def differs(a: Any, b: Any, rtol: float = 1e-4) -> bool:

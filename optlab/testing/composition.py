@@ -62,8 +62,8 @@ def _outside(tree: Tree) -> tuple[Tree, Tree]:
 def check_masked(case: Case) -> None:
     """Under `optax.masked`, leaves outside keep their gradients, and those inside see no other."""
     (params, mask), (grads, _) = _outside(case.tree), _outside(case.grads())
-    tx = optax.masked(case.make(), mask)
-    updates, _ = tx.update(grads, tx.init(params), params)
+    tx: Any = optax.masked(case.make(), mask)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     compare.equal(updates["outside"], grads["outside"], "gradients outside the mask")
     want, _ = case.step(case.grads(), case.tx.init(case.tree), case.tree)
     compare.close(updates["inside"], want, "updates inside the mask")
@@ -74,8 +74,8 @@ def check_partition(case: Case) -> None:
     """Under `optax.partition`, each branch is bit for bit what it is alone."""
     (params, mask), (grads, _) = _outside(case.tree), _outside(case.grads())
     labels = jax.tree.map(lambda inside: "method" if inside else "plain", mask)
-    tx = optax.partition({"method": case.make(), "plain": optax.sgd(0.5)}, labels)
-    updates, _ = tx.update(grads, tx.init(params), params)
+    tx: Any = optax.partition({"method": case.make(), "plain": optax.sgd(0.5)}, labels)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     plain = jax.tree.map(lambda g: -0.5 * g, grads["outside"])
     compare.equal(updates["outside"], plain, "updates of the other branch")
     want, _ = case.step(case.grads(), case.tx.init(case.tree), case.tree)
@@ -106,7 +106,7 @@ def check_multi_steps(case: Case) -> None:
 @applies()
 def check_apply_if_finite(case: Case) -> None:
     """`apply_if_finite` stops a NaN gradient: nothing moves, and the next step is as if first."""
-    tx = optax.apply_if_finite(case.make(), max_consecutive_errors=5)
+    tx: Any = optax.apply_if_finite(case.make(), max_consecutive_errors=5)
     update = jax.jit(tx.update)
     fresh = tx.init(case.tree)
     nans = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), case.tree)
@@ -145,7 +145,7 @@ def check_inject_hyperparams(case: Case) -> None:
     # Nearby values, so that a default baked in where the argument belongs shows.
     numbers = {k: 0.9 * v for k, v in numbers.items() if isinstance(v, (int, float))}
     injected = optax.inject_hyperparams(case.make, static_args=static)(**numbers)
-    state = injected.init(case.tree)
+    state: Any = injected.init(case.tree)
     absent = set(numbers) - set(state.hyperparams)
     assert not absent, f"{sorted(absent)} cannot be injected"
     got = two_steps(case, injected, jax.jit(injected.update))
@@ -187,7 +187,7 @@ def check_wrapper_forwards(case: Case) -> None:
         seen.update(params=params, **extra_args)
         return updates, state
 
-    inner = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), spy)
+    inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, spy)
     tx = case.make(inner=inner)
     tx.update(case.grads(), tx.init(case.tree), case.tree, note=3)
     assert seen.get("params") is not None, "the inner transformation got params=None"

@@ -8,7 +8,7 @@ from optlab.testing.case import Case, Make, Tree, default_params
 
 _GROUPS = (types, functional, trees, composition, sharding, training, laws)
 
-CHECKS: Mapping[str, Callable[[Case], None]] = {
+CHECKS: Mapping[str, Any] = {
     name.removeprefix("check_"): getattr(group, name) for group in _GROUPS for name in group.__all__
 }
 """Every check by its name."""
@@ -72,7 +72,7 @@ def check_transform(
         >>> check_transform(optax.scale_by_sign, tags={"stateless", "elementwise"})
     """
     name = getattr(make, "__name__", None) or getattr(make, "func", make).__name__
-    given = {"hits": hits, "facts": facts, "fallback": fallback, "xfail": xfail}
+    given: dict[str, Any] = {"hits": hits, "facts": facts, "fallback": fallback, "xfail": xfail}
     kept = {key: value for key, value in given.items() if value is not None}
     params = default_params if tree is None else tree if callable(tree) else lambda: tree
     case = Case(name, make, frozenset(tags), params, **kept)

@@ -1,6 +1,7 @@
 """Devices: shardings of state, Auto and Explicit meshes, shard_map and pmap."""
 
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,25 +125,29 @@ def _replicated_step(case: Case):
     return step
 
 
+def _alone(case: Case, grads: Tree, params: Tree, step: Any = None) -> Tree:
+    """Return the update of parameters that differ between the devices, as the gradients do."""
+    params = jax.tree.map(lambda p, g: 0.1 * g - p, params, grads)
+    return (step or case.tx.update)(grads, case.tx.init(params), params)[0]
+
+
 @applies()
 def check_shard_map(case: Case) -> None:
     """Under `jax.shard_map` averaged gradients give one device's step, own ones each its own."""
     mesh, step = mesh_of(AxisType.Auto, (8,), ("batch",)), _replicated_step(case)
 
     def both(grads, params):
-        own = jax.tree.map(lambda x: x[0], grads)
-        # Gradients as parameters: these differ between the devices, and so does all that follows.
-        alone, _ = case.tx.update(own, case.tx.init(own), own)
-        return step(own, params), jax.tree.map(lambda x: x[None], alone)
+        grads = jax.tree.map(lambda x: x[0], grads)
+        alone = _alone(case, grads, params)
+        return step(grads, params), jax.tree.map(lambda x: x[None], alone)
 
     mapped = jax.shard_map(both, mesh=mesh, in_specs=(P("batch"), P()), out_specs=(P(), P("batch")))
     grads = _per_device(case)
     averaged, alone = jax.device_get(jax.jit(mapped)(grads, case.tree))
     want = case.step(case.grads(), case.tx.init(case.tree), case.tree)
     compare.close(averaged, jax.device_get(want), "a step under shard_map", 1e-4, 1e-5)
-    own = jax.tree.map(lambda x: x[6], grads)
-    want, _ = case.step(own, case.tx.init(own), own)
-    got = jax.tree.map(lambda x: x[6], alone)
+    got, own = (jax.tree.map(lambda x: x[6], tree) for tree in (alone, grads))
+    want = _alone(case, own, case.tree, case.step)
     compare.close(got, jax.device_get(want), "device 6 alone under shard_map", 1e-4, 1e-5)
 
 

@@ -1,5 +1,7 @@
 """Training: small problems to the end, and Flax's own loops with sharding metadata."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -105,8 +107,8 @@ def check_linen_train_state(case: Case) -> None:
 
     x, model, mesh = jnp.linspace(-1.0, 1.0, 32).reshape(4, 8), Model(), mesh_of(AxisType.Auto)
     boxed = model.init(jax.random.key(0), x)["params"]
-    plain = nn.unbox(boxed)
-    loss = lambda p: jnp.mean((model.apply({"params": p}, x) - 1.0) ** 2)  # noqa: E731
+    plain: Any = nn.unbox(boxed)
+    loss = lambda p: jnp.mean((jnp.asarray(model.apply({"params": p}, x)) - 1.0) ** 2)  # noqa: E731
     grads = jax.grad(loss)(plain)
     want, _ = case.tx.update(grads, case.tx.init(plain), plain)
     want = jax.tree.map(jnp.add, plain, want)
