@@ -15,7 +15,8 @@ from optlab.lab.checkpoint import Checkpoints
 from optlab.lab.config import BadInput, Config
 from optlab.lab.train import Problem, Runner, make_problem
 
-DEFAULT_OPTIMIZERS = ("adamw", "sgd")
+# One of each family beside the baseline.
+DEFAULT_OPTIMIZERS = ("adamw", "signum", "nap", "lars")
 DEFAULT_SCHEDULE = "wsd"
 
 
@@ -132,7 +133,6 @@ def _open(
             f"race: the folder holds an unfinished race, got {str(checkpoints.folder.parent)!r}. "
             "Add --resume to continue it, or choose another --out, or delete that folder."
         )
-    checkpoints.clear()
     return config, text, None
 
 
@@ -152,6 +152,8 @@ def run(asked: Mapping[str, Any], *, out: str | None = None, resume: bool = Fals
     if values:
         restore(checkpoints, values, runners)
         live.announce_resume(values, runners)
+    else:
+        checkpoints.clear()
     take_turns(problem, runners, checkpoints)
     results = report.results(problem, runners)
     report.write(results, target)
