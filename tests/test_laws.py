@@ -418,6 +418,36 @@ def test_at_b2_zero_the_average_is_the_gradient():
     np.testing.assert_allclose(flat(second), want, rtol=0, atol=1e-6)
 
 
+# --- narrow leaves --------------------------------------------------------------------------------
+
+PRIMITIVES = {
+    "interpolate_momentum": optlab.interpolate_momentum(),
+    "scale_by_moments": optlab.scale_by_moments(),
+    "scale_by_belief": optlab.scale_by_belief(eps=1e-8),
+    "scale_by_diffgrad": optlab.scale_by_diffgrad(),
+    "apply_kappa": optlab.apply_kappa("l2"),
+    "remove_radial": optlab.remove_radial(),
+    "project_radial": optlab.project_radial(optax.identity(), delta=1e3, weight_decay=0.1),
+    "normalize_and_project": optlab.normalize_and_project(optax.identity()),
+    "scale_by_adagrad_norm": optlab.scale_by_adagrad_norm(),
+    "scale_by_trust_ratio": optlab.scale_by_trust_ratio(0.1, weight_decay=0.1),
+    "scale_by_inverse_row_norm": optlab.scale_by_inverse_row_norm(),
+    "add_cautious_decay": optlab.add_cautious_decay(0.1),
+    "decay_after_update": optlab.decay_after_update(0.1, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_bfloat16_leaves_are_computed_in_float32_and_rounded_once(name):
+    shapes = {"kernel": (16, 8)}
+    narrow = [random_like(shapes, seed, jnp.bfloat16) for seed in (0, 1)]
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
+    (found,), (exact,) = (steps(PRIMITIVES[name], [g], p) for p, g in (narrow, wide))
+    rounded = exact["kernel"].astype(jnp.bfloat16)
+    assert np.any(rounded.astype(jnp.float32) != exact["kernel"]), "nothing is rounded here"
+    np.testing.assert_array_equal(flat(found), flat(rounded))
+
+
 # --- wsd ----------------------------------------------------------------------------------------
 
 DECAYS = ["linear", "cosine", "one_minus_sqrt", "exponential", "inverse_proportional"]
