@@ -174,9 +174,11 @@ def scalar_dtype(tree: Any) -> Any:
     return jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(tree)))
 
 
-def scalars(name: str, fn: Callable[..., jax.Array], updates: Any, params: Any = None) -> jax.Array:
-    """Return a vector of one scalar `fn(path, u, p)` per leaf, 0 for a missing gradient."""
-    (tree,) = leafwise(name, lambda *leaf: (fn(*leaf),), updates, params=params, keep_dtype=False)
+def scalars(
+    name: str, fn: Callable[..., jax.Array], updates: Any, others: tuple[Any, ...] = ()
+) -> jax.Array:
+    """Return a vector of one `fn(path, u, None, *others)` per leaf, 0 for a missing gradient."""
+    (tree,) = leafwise(name, lambda *leaf: (fn(*leaf),), updates, others=others, keep_dtype=False)
     column = jax.tree.leaves(tree, is_leaf=is_none)
     column = [jnp.zeros([], jnp.float32) if x is None else x for x in column]
     return jnp.stack(column) if column else jnp.zeros((0,), jnp.float32)

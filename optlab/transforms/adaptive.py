@@ -348,10 +348,19 @@ def scale_by_adagrad_norm(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        squares = _leafwise.scalars(name, lambda _, u, p: norms.sum_of_squares(u), updates)
+        # XLA merges GPU kernels that share a vector: 108 instead of 415 for 170 leaves on an H200.
+        # So a factor 1 and the same divisor for every leaf; the barriers keep them vectors.
+        ones = jax.lax.optimization_barrier(jnp.ones([_leafwise.leaf_count(updates)]))
+        squares = _leafwise.scalars(
+            name,
+            lambda _, u, p, one: norms.sum_of_squares(one * u),
+            updates,
+            (_leafwise.spread(updates, ones),),
+        )
         new = squares if per_leaf else jnp.sum(squares)
         total = state.sum_of_squares + new.astype(state.sum_of_squares.dtype)
         inverse = norms.safe_divide(1.0, jnp.sqrt(total))
+        inverse = jax.lax.optimization_barrier(jnp.broadcast_to(inverse, squares.shape))
         return _leafwise.scale_leaves(name, updates, inverse), ScaleByAdagradNormState(total)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -35,6 +35,19 @@ def _clip_bounds(name: str, phi: tuple[float, float] | None) -> None:
         )
 
 
+def _kept(d: jax.Array, norm: str) -> jax.Array:
+    """Return d, kept from its norm to the step where that costs less than computing it again.
+
+    TPU: d stays on chip; the compiler counts 32 bytes per parameter instead of 40 for LARS and 44
+    instead of 72 for LAMB (one (4096, 4096) leaf, v5e). GPU: the norms of u and p share a kernel
+    only if it writes d, 511 kernels instead of 681 for LARS on 170 leaves; those of d and p share
+    one anyway, 501 kernels for LAMB, and 659 with d kept.
+    """
+    keep, forget = jax.lax.optimization_barrier, lambda x: x
+    on_gpu = keep if norm == "sum_of" else forget
+    return jax.lax.platform_dependent(d, tpu=keep, cuda=on_gpu, default=forget)
+
+
 @_checks.explain_keywords
 def scale_by_trust_ratio(
     trust_coefficient: ArrayLike = 1.0,
@@ -132,7 +145,10 @@ def scale_by_trust_ratio(
         def leaf(path, u, p, scales, decays):
             decay = weight_decay if decays else 0.0
             d = u + decay * p if decays else u
-            return ((leaf_ratio(path, u, d, p, decay, cap) * d if scales else d),)
+            if scales:
+                d = _kept(d, norm)
+                d = leaf_ratio(path, u, d, p, decay, cap) * d
+            return (d,)
 
         (updates,) = _leafwise.leafwise(name, leaf, updates, (), params, others=(scales, decays))
         return updates, state
@@ -179,16 +195,22 @@ def scale_by_initial_snr(
     _checks.check_nonnegative(name, eps=eps, fallback=fallback)
     _checks.check_steps(name, 0, ddof=ddof)
 
-    def leaf_snr(path, g, p):
-        del path, p
-        if g.size <= ddof:
-            return jnp.full([], fallback, g.dtype)
-        std = jnp.sqrt(jnp.sum((g - jnp.mean(g)) ** 2) / (g.size - ddof))
-        snr = norms.frobenius(g) / (std + eps)
-        return jnp.where((std > 0) & jnp.isfinite(snr), snr, fallback)
-
     def measure(updates):
-        snr = _leafwise.scalars(name, leaf_snr, updates)
+        size = _leafwise.scalars(name, lambda _, g, p: jnp.full([], g.size, g.dtype), updates)
+        total = _leafwise.scalars(name, lambda _, g, p: jnp.sum(g), updates)
+        mean = total / jnp.maximum(size, 1)
+        squares = _leafwise.scalars(
+            name,
+            lambda _, g, p, mean: norms.sum_of_squares(g - mean),
+            updates,
+            (_leafwise.spread(updates, mean),),
+        )
+        # Vectors over the leaves, and |g|^2 from what is there already: 361 GPU kernels for 170
+        # leaves on an H200, where leaf by leaf takes 737.
+        std = jnp.sqrt(squares / jnp.maximum(size - ddof, 1))
+        snr = jnp.sqrt(squares + size * mean**2) / (std + eps)
+        snr = jnp.where((size > ddof) & (std > 0) & jnp.isfinite(snr), snr, fallback)
+        snr = jnp.where(size > 0, snr, 0.0)
         return norms.safe_divide(snr, jnp.max(snr, initial=0.0)) if normalize else snr
 
     def init(params):
