@@ -51,35 +51,45 @@ def check_chain(case: Case) -> None:
     _same_two_steps(case, named, "two steps in a named_chain")
 
 
-def _outside(tree: Tree) -> tuple[Tree, Tree]:
-    """Return a tree with one leaf more than `tree`, and the mask that leaves it out."""
-    extra = {"head": {"kernel": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4)}}
-    mask = {"inside": jax.tree.map(lambda _: True, tree), "outside": {"head": {"kernel": False}}}
-    return {"inside": tree, "outside": extra}, mask
+_OUTSIDE = {"head": {"kernel": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4)}}
+
+
+def _beside(case: Case, restrict: Callable[[Tree], Any], what: str) -> None:
+    """Assert that `restrict(mask)`, a transformation of some leaves, leaves the others alone."""
+    mask = {
+        "inside": jax.tree.map(lambda _: True, case.tree),
+        "outside": jax.tree.map(lambda _: False, _OUTSIDE),
+    }
+
+    def step(params, grads):
+        params, grads = ({"inside": tree, "outside": _OUTSIDE} for tree in (params, grads))
+        tx = restrict(mask)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        compare.equal(updates["outside"], _OUTSIDE, f"leaves outside {what}")
+        return updates["inside"]
+
+    def alone(params, grads):
+        return case.tx.update(grads, case.tx.init(params), params)[0]
+
+    args = case.tree, case.grads()
+    compare.same_results((step, *args), (alone, *args), f"leaves inside {what}")
 
 
 @applies()
 def check_masked(case: Case) -> None:
     """Under `optax.masked`, leaves outside keep their gradients, and those inside see no other."""
-    (params, mask), (grads, _) = _outside(case.tree), _outside(case.grads())
-    tx: Any = optax.masked(case.make(), mask)
-    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
-    compare.equal(updates["outside"], grads["outside"], "gradients outside the mask")
-    want, _ = case.step(case.grads(), case.tx.init(case.tree), case.tree)
-    compare.close(updates["inside"], want, "updates inside the mask")
+    _beside(case, lambda mask: optax.masked(case.make(), mask), "a mask")
 
 
 @applies()
 def check_partition(case: Case) -> None:
     """Under `optax.partition`, each branch is bit for bit what it is alone."""
-    (params, mask), (grads, _) = _outside(case.tree), _outside(case.grads())
-    labels = jax.tree.map(lambda inside: "method" if inside else "plain", mask)
-    tx: Any = optax.partition({"method": case.make(), "plain": optax.sgd(0.5)}, labels)
-    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
-    plain = jax.tree.map(lambda g: -0.5 * g, grads["outside"])
-    compare.equal(updates["outside"], plain, "updates of the other branch")
-    want, _ = case.step(case.grads(), case.tx.init(case.tree), case.tree)
-    compare.close(updates["inside"], want, "updates of the method's branch")
+
+    def restrict(mask):
+        labels = jax.tree.map(lambda inside: "method" if inside else "other", mask)
+        return optax.partition({"method": case.make(), "other": optax.identity()}, labels)
+
+    _beside(case, restrict, "a branch")
 
 
 @applies()
