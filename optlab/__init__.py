@@ -29,6 +29,7 @@ from optlab.transforms.adaptive import (
 from optlab.transforms.decay import add_cautious_decay, decay_after_update
 from optlab.transforms.momentum import (
     ema_from_first,
+    heavy_ball,
     interpolate_momentum,
     with_previous_updates,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "describe",
     "diffgrad",
     "ema_from_first",
+    "heavy_ball",
     "interpolate_momentum",
     "kappa",
     "lamb",

@@ -133,6 +133,16 @@ LINKS = (
         },
     ),
     _link(
+        "heavy_ball",
+        momentum=0.9,
+        tags={"momentum", *_ELEMENTWISE},
+        facts={
+            "state_bytes": 4.0,
+            "constant_gradient": lambda t: (1 - 0.9**t) / 0.1,
+            "no_momentum": {"momentum": 0.0},
+        },
+    ),
+    _link(
         "with_previous_updates",
         optax.scale_by_adam,
         inner=optlab.scale_by_friction(),

@@ -31,6 +31,11 @@ class MatrixView(NamedTuple):
         """Axes of which each index is one unit: the output axes, or the vectors of an embedding."""
         return self.rows if self.role == "embedding" else self.cols
 
+    @property
+    def within_channel(self) -> tuple[int, ...]:
+        """Axes of one matrix that a norm of one channel sums over."""
+        return tuple(a for a in (*self.rows, *self.cols) if a not in self.channels)
+
     def batch(self, ndim: int) -> tuple[int, ...]:
         """Axes of a leaf of rank `ndim` that are in neither `rows` nor `cols`."""
         used = {axis % ndim for axis in (*self.rows, *self.cols)}
@@ -114,6 +119,10 @@ def view_of(path: str, leaf: Any, policy: Policy) -> MatrixView | None:
     view = policy(path, leaf)
     if view is None:
         return None
+    if not isinstance(view, MatrixView):
+        raise TypeError(
+            f"layout: the policy gave {view!r} for leaf '{path}'. Return a MatrixView or None."
+        )
     try:
         return view.resolve(np.ndim(leaf))
     except ValueError as error:

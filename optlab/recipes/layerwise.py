@@ -7,7 +7,7 @@ from optlab import _checks, _leafwise
 from optlab import layout as _layout
 from optlab.transforms.adaptive import scale_by_moments
 from optlab.transforms.decay import add_decay
-from optlab.transforms.momentum import ema_from_first
+from optlab.transforms.momentum import ema_from_first, heavy_ball
 from optlab.transforms.trust_ratio import (
     scale_by_initial_snr,
     scale_by_inverse_row_norm,
@@ -83,8 +83,6 @@ def lars(
     """
     name = "lars"
     _checks.check_nonnegative(name, learning_rate=learning_rate, schedule=True)
-    _checks.check_decay(name, momentum=momentum)
-    _checks.check_dtype(name, mu_dtype=mu_dtype)
     ratio = scale_by_trust_ratio(
         trust_coefficient,
         weight_decay=weight_decay,
@@ -96,7 +94,7 @@ def lars(
         mask=trust_ratio_mask,
         layout=layout,
     )
-    trace = optax.trace(momentum, nesterov, mu_dtype)
+    trace = heavy_ball(momentum, nesterov=nesterov, mu_dtype=mu_dtype)
     rate = optax.scale(-1.0) if larc else optax.scale_by_learning_rate(learning_rate)
     return optax.chain(ratio, rate, trace) if lr_in_momentum else optax.chain(ratio, trace, rate)
 

@@ -6,6 +6,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
 from optlab.transforms.adaptive import scale_by_moments
+from optlab.transforms.momentum import HeavyBallState, heavy_ball
 from optlab.transforms.radial import normalize_and_project, project_radial
 
 
@@ -154,14 +155,12 @@ def sgdp(
     """
     _checks.check_nonnegative("sgdp", learning_rate=learning_rate, schedule=True)
     _checks.check_nonnegative("sgdp", weight_decay=weight_decay)
-    _checks.check_dtype("sgdp", mu_dtype=mu_dtype)
-    _checks.check_decay("sgdp", momentum=momentum, dampening=dampening)
-    # trace(scale(g)) is the dampened buffer, but Nesterov's g is the whole one.
-    heavy_ball = _dampened_trace(momentum, dampening, nesterov=nesterov, mu_dtype=mu_dtype)
-    keep = (lambda _, projected: optax.TraceState(projected)) if official and not nesterov else None
+    _checks.check_decay("sgdp", momentum=momentum)
+    ball = heavy_ball(momentum, dampening=dampening, nesterov=nesterov, mu_dtype=mu_dtype)
+    keep = (lambda _, projected: HeavyBallState(projected)) if official and not nesterov else None
     return optax.chain(
         project_radial(
-            heavy_ball,
+            ball,
             delta=delta,
             wd_ratio=wd_ratio,
             eps=eps,
@@ -235,14 +234,3 @@ def nap(
         optax.scale_by_learning_rate(learning_rate),
     )
     return normalize_and_project(adam, every_k=every_k, mask=mask)
-
-
-def _dampened_trace(momentum, dampening, *, nesterov, mu_dtype):
-    """SGDP's buffer: `optax.trace`, fed (1 - dampening) g while Nesterov's term keeps all of g."""
-
-    def leaf(path, g, trace, p):
-        del path, p
-        trace = momentum * trace + (1 - dampening) * g
-        return (g + momentum * trace if nesterov else trace), trace
-
-    return _leafwise.stateful("sgdp", optax.TraceState, (mu_dtype,), lambda: leaf)

@@ -23,6 +23,12 @@ class EmaFromFirstState(NamedTuple):
     mu: optax.Updates  # the average, in the parameter's shape
 
 
+class HeavyBallState(NamedTuple):
+    """State of `heavy_ball`."""
+
+    trace: optax.Updates  # the decaying sum, in the parameter's shape
+
+
 class PreviousUpdatesState(NamedTuple):
     """State of `with_previous_updates`."""
 
@@ -126,6 +132,55 @@ def ema_from_first(
         return leaf
 
     return _leafwise.stateful(name, EmaFromFirstState, (mu_dtype,), make_leaf)
+
+
+@_checks.explain_keywords
+def heavy_ball(
+    momentum: ArrayLike,
+    *,
+    dampening: ArrayLike = 0.0,
+    nesterov: bool = False,
+    mu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Sum the updates with decaying weights (Polyak's momentum, as in PyTorch's SGD).
+
+    m <- momentum m + (1 - dampening) g from zero;  emits m, or g + momentum m with nesterov.
+
+    Without dampening these are `optax.trace`'s numbers; here the buffer follows the sharding of its
+    parameter under `jax.jit(tx.init)` too.
+
+    Args:
+      momentum: rate of the buffer, in [0, 1).
+      dampening: share of the gradient kept out of the buffer, in [0, 1); Nesterov's own term takes
+        the whole gradient.
+      nesterov: look one step ahead. (static)
+      mu_dtype: dtype of the buffer; None for the parameter's. (static)
+
+    Returns:
+      A transformation whose output is up to 1/(1 - momentum) times a gradient.
+
+    State:
+      trace: the parameter's shape; 4 bytes per float32 parameter.
+
+    Example:
+      >>> import jax.numpy as jnp, optlab
+      >>> tx = optlab.heavy_ball(0.5)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for _ in range(2):
+      ...     u, state = tx.update(jnp.ones(2), state)
+      >>> print(u)
+      [1.5 1.5]
+    """
+    name = "heavy_ball"
+    _checks.check_decay(name, momentum=momentum, dampening=dampening)
+    _checks.check_dtype(name, mu_dtype=mu_dtype)
+
+    def leaf(path, g, trace, p):
+        del path, p
+        trace = momentum * trace + (1 - dampening) * g
+        return (g + momentum * trace if nesterov else trace), trace
+
+    return _leafwise.stateful(name, HeavyBallState, (mu_dtype,), lambda: leaf)
 
 
 @_checks.explain_keywords

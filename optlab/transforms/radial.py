@@ -28,12 +28,6 @@ class NormalizeAndProjectState(NamedTuple):
     inner: optax.OptState
 
 
-def _axes(view: _layout.MatrixView) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the axes summed over for one channel, and for one whole matrix."""
-    both = (*view.rows, *view.cols)
-    return tuple(a for a in both if a not in view.channels), both
-
-
 @_checks.explain_keywords
 def remove_radial(*, layout: _layout.Policy | None = None) -> optax.GradientTransformationExtraArgs:
     """Remove from every update its component along the parameter.
@@ -66,7 +60,7 @@ def remove_radial(*, layout: _layout.Policy | None = None) -> optax.GradientTran
         view = _layout.view_of(path, p, layout) if layout else None
         if layout and view is None:
             return u
-        axes = _axes(view)[0] if view else None
+        axes = view.within_channel if view else None
         inner, square = (jnp.sum(p * x, axis=axes, keepdims=True) for x in (u, p))
         return u - p * norms.safe_divide(inner, square)
 
@@ -78,7 +72,7 @@ def _radial_coefficient(g, p, u, view, delta, eps) -> tuple[jax.Array, jax.Array
 
     The channel view is tried first, the whole matrix second, each on the raw gradient.
     """
-    channel, whole = _axes(view)
+    channel, whole = view.within_channel, (*view.rows, *view.cols)
     products = [jnp.sum(x * y, channel, keepdims=True) for x, y in ((g, p), (g, g), (p, p), (p, u))]
     coefficient, fired = jnp.zeros_like(products[0]), jnp.asarray(False)
     across = tuple(a for a in whole if a not in channel)
@@ -137,7 +131,7 @@ def project_radial(
 
     Example:
       >>> import jax.numpy as jnp, optax, optlab
-      >>> tx = optlab.project_radial(optax.trace(0.9))
+      >>> tx = optlab.project_radial(optlab.heavy_ball(0.9))
       >>> p = {"kernel": jnp.eye(2)}
       >>> g = {"kernel": jnp.array([[0.0, 1.0], [1.0, 0.0]])}
       >>> u, state = tx.update(g, tx.init(p), p)

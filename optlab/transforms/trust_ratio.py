@@ -275,7 +275,7 @@ def scale_by_inverse_row_norm(
         view = _layout.view_of(path, p, layout)
         if view is None:
             return u
-        norm = norms.frobenius(p, tuple(view.rows), keepdims=True)
+        norm = norms.frobenius(p, view.within_channel, keepdims=True)
         return u / (norm + eta ** (-1 / power)) ** power
 
     return _leafwise.stateless(name, leaf, needs_params=True)
