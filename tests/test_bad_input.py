@@ -34,7 +34,7 @@ FIRST = {
     "lion_k": "interpolate_momentum",
     "signum": "interpolate_momentum",
     "adamp": "scale_by_moments",
-    "sgdp": "sgdp",
+    "sgdp": "heavy_ball",
     "nap": "scale_by_moments",
     "diffgrad": "diffgrad",
     "adabelief": "scale_by_belief",
@@ -95,10 +95,10 @@ constructors = [
     _number("b2_as_text", RECIPES["adabelief"], "scale_by_belief", rate, b2="0.99"),
     _number("b1_a_schedule", RECIPES["lion"], "interpolate_momentum", rate, b1=lambda t: 0.9),
     _number("momentum_is_1", RECIPES["sgdp"], "sgdp", rate, momentum=1),
-    _number("momentum_of_lars", RECIPES["lars"], "lars", rate, momentum=1.5),
+    _number("momentum_of_lars", RECIPES["lars"], "heavy_ball", rate, momentum=1.5),
     _number("momentum_of_signum", RECIPES["signum"], "interpolate_momentum", rate, momentum=2),
     _number("momentum_of_sgd_sai", RECIPES["sgd_sai"], "ema_from_first", rate, momentum=None),
-    _number("dampening_is_1", RECIPES["sgdp"], "sgdp", rate, dampening=1.0),
+    _number("dampening_is_1", RECIPES["sgdp"], "heavy_ball", rate, dampening=1.0),
     _number("eps_negative", RECIPES["diffgrad"], "scale_by_friction", nonnegative, eps=-1e-8),
     _number("eps_as_text", RECIPES["nap"], "scale_by_moments", nonnegative, eps="1e-8"),
     _number("eps_root_negative", RECIPES["adabelief"], "scale_by_belief", nonnegative, eps_root=-1),
@@ -140,7 +140,7 @@ constructors = [
     _number("top_half", kappa.top_k, "kappa.top_k", "a whole number >= 1", k=0.5),
     _number("smooth_0", kappa.smooth_sign, "kappa.smooth_sign", positive, s=0),
     *(
-        _number(f"{name}-mu_dtype_{value}", build, FIRST[name] if name != "lars" else name,
+        _number(f"{name}-mu_dtype_{value}", build, FIRST[name] if name != "lars" else "heavy_ball",
                 "a floating dtype or None", mu_dtype=value)
         for name, build in RECIPES.items()
         if name in ("lion", "adamp", "sgdp", "lars", "lamb", "adabelief")
