@@ -12,7 +12,7 @@ import jax
 import optax
 
 import optlab
-from optlab.testing import Case
+from optlab.testing import Case, default_params, random_like
 
 MATRICES = ("attn/query/kernel", "conv/kernel", "dense/kernel")
 VECTORS = ("dense/bias", "norm/scale")
@@ -36,16 +36,41 @@ def _recipe(name: str, fallback=None, *, tags=(), hits=ALL, facts=(), tag="", **
     )
 
 
-def _link(name: str, fallback=optax.identity, *, tags=(), hits=ALL, facts=(), tag="", **arguments):
+def _link(
+    name: str,
+    fallback=optax.identity,
+    *,
+    tags=(),
+    hits=ALL,
+    facts=(),
+    tag="",
+    params=default_params,
+    **arguments,
+) -> Case:
     """Return the row of a primitive; what it must differ from is the identity."""
     return Case(
         name + (f"[{tag}]" if tag else ""),
         partial(getattr(optlab, name), **arguments),
         frozenset(tags),
-        hits=hits,
-        facts=dict(facts),
-        fallback=fallback,
+        params,
+        hits,
+        dict(facts),
+        fallback,
     )
+
+
+def _stacked_params():
+    """Return two layers in one leaf, as `scan` stacks them, beside an unstacked head."""
+    layers = {"dense": {"bias": (2, 16), "kernel": (2, 8, 16)}}
+    return random_like({"layers": layers, "head": {"kernel": (16, 4)}}, seed=0)
+
+
+_STACKED = {
+    "tag": "stacked",
+    "layout": optlab.layout.stacked("layers/"),
+    "params": _stacked_params,
+    "hits": ("layers/dense/kernel",),
+}
 
 
 @functools.wraps(optlab.scale_by_friction)
@@ -182,6 +207,15 @@ LINKS = (
         facts={"state_bytes": 4.0},
     ),
     _link(
+        "project_radial",
+        optlab.interpolate_momentum,
+        inner=optlab.interpolate_momentum(),
+        delta=100.0,
+        tags={"wrapper", "radial", "needs_params", "layerwise"},
+        facts={"state_bytes": 4.0},
+        **_STACKED,
+    ),
+    _link(
         "normalize_and_project",
         partial(optlab.lion, 0.1),
         inner=optlab.lion(0.1),
@@ -206,6 +240,14 @@ LINKS = (
         tags={"trust_ratio", "scale_invariant", "stateless", "needs_params", "layerwise"},
         facts={"state_bytes": 0.0},
     ),
+    # One ratio per layer: not what the whole leaf gets.
+    _link(
+        "scale_by_trust_ratio",
+        optlab.scale_by_trust_ratio,
+        tags={"trust_ratio", "scale_invariant", "stateless", "needs_params", "layerwise"},
+        facts={"state_bytes": 0.0},
+        **_STACKED,
+    ),
     # The leaf with the largest ratio, the convolution, keeps its gradient.
     _link(
         "scale_by_initial_snr",
@@ -217,6 +259,12 @@ LINKS = (
         tags={"stateless", "needs_params", "layerwise"},
         hits=MATRICES,
         facts={"state_bytes": 0.0},
+    ),
+    _link(
+        "scale_by_inverse_row_norm",
+        tags={"stateless", "needs_params", "layerwise"},
+        facts={"state_bytes": 0.0},
+        **_STACKED,
     ),
     _link(
         "add_cautious_decay",

@@ -67,9 +67,10 @@ def check_transform(
         AssertionError: names the check, the claim, and what was found.
 
     Example:
-        >>> import optax
+        >>> import jax.numpy as jnp, optax
         >>> from optlab.testing import check_transform
-        >>> check_transform(optax.scale_by_sign, tags={"stateless", "elementwise"})
+        >>> tree = {"dense": {"kernel": jnp.ones((8, 8))}}
+        >>> check_transform(optax.scale_by_sign, tags={"stateless", "elementwise"}, tree=tree)
     """
     name = getattr(make, "__name__", None) or getattr(make, "func", make).__name__
     given: dict[str, Any] = {"hits": hits, "facts": facts, "fallback": fallback, "xfail": xfail}
