@@ -221,12 +221,12 @@ def scale_by_initial_snr(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        # A branch, not a select: the reductions run once in a training run.
         _leafwise.check_count(name, updates, state.snr)
-        dtype = state.snr.dtype
-        snr = jax.lax.cond(
-            state.count == 0, lambda u: measure(u).astype(dtype), lambda _: state.snr, updates
-        )
+        first = lambda u: measure(u).astype(state.snr.dtype)  # noqa: E731
+        # The dead measurement, which XLA drops, gives both branches one type inside shard_map.
+        later = lambda u: jnp.where(False, first(u), state.snr)  # noqa: E731
+        # A branch, not a select: the reductions run once in a training run.
+        snr = jax.lax.cond(state.count == 0, first, later, updates)
         new = ScaleByInitialSnrState(_leafwise.increment(state.count), snr)
         return _leafwise.scale_leaves(name, updates, snr), new
 
