@@ -106,7 +106,9 @@ def scale_by_moments(
 
         def leaf(path, g, mu, nu, p):
             del path, p
-            mu, nu = _lerp(b1, mu, g), _lerp(b2, nu, g * g)
+            # ((1 - b2) g) g: where a wrapper sums g^2 too, as AdamP's, XLA on CPU would store g^2
+            # for both.
+            mu, nu = _lerp(b1, mu, g), b2 * nu + (1 - b2) * g * g
             ahead = _lerp(b1, mu, g) if nesterov else mu
             return ahead / c1 / (jnp.sqrt(nu / c2) + eps), mu, nu
 
@@ -193,7 +195,9 @@ def scale_by_belief(
         def leaf(path, g, mu, s, *rest):
             del path
             mu = _lerp(b1, mu, g)
-            s = _lerp(b2, s, (g - mu) ** 2) + (eps_root if accumulate_eps else 0)
+            # eps_root inside the last sum: XLA computes x + eps twice, and then has to copy the old
+            # s on CPU (100 % of its bytes, three times the time).
+            s = b2 * s + ((1 - b2) * (g - mu) ** 2 + (eps_root if accumulate_eps else 0))
             if not amsgrad:
                 return direction(mu, s), mu, s
             s_max = jnp.maximum(rest[0], s)
@@ -311,6 +315,15 @@ def scale_by_diffgrad(
     return with_previous_updates(friction)
 
 
+def _shared(values: jax.Array) -> jax.Array:
+    """Return a vector of equal entries, one per leaf, that the GPU compiler takes for any vector.
+
+    XLA merges GPU kernels that read one array: 108 instead of 415 for 170 leaves on an H200.
+    """
+    keep = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(values, cuda=keep, default=lambda x: x)
+
+
 @_checks.explain_keywords
 def scale_by_adagrad_norm(
     b0: ArrayLike = 0.1, *, per_leaf: bool = False
@@ -348,9 +361,8 @@ def scale_by_adagrad_norm(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        # XLA merges GPU kernels that share a vector: 108 instead of 415 for 170 leaves on an H200.
-        # So a factor 1 and the same divisor for every leaf; the barriers keep them vectors.
-        ones = jax.lax.optimization_barrier(jnp.ones([_leafwise.leaf_count(updates)]))
+        # A factor 1 and the same divisor for every leaf, as vectors: see `_shared`.
+        ones = _shared(jnp.ones([_leafwise.leaf_count(updates)]))
         squares = _leafwise.scalars(
             name,
             lambda _, u, p, one: norms.sum_of_squares(one * u),
@@ -360,7 +372,7 @@ def scale_by_adagrad_norm(
         new = squares if per_leaf else jnp.sum(squares)
         total = state.sum_of_squares + new.astype(state.sum_of_squares.dtype)
         inverse = norms.safe_divide(1.0, jnp.sqrt(total))
-        inverse = jax.lax.optimization_barrier(jnp.broadcast_to(inverse, squares.shape))
+        inverse = _shared(jnp.broadcast_to(inverse, squares.shape))
         return _leafwise.scale_leaves(name, updates, inverse), ScaleByAdagradNormState(total)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -239,7 +239,9 @@ def normalize_and_project(
             return (u,)
         target = p + u
         factor = norms.safe_divide(rho, norms.frobenius(target))
-        return (jnp.where(factor > 0, factor * target - p, u),)
+        # A leaf left alone gets target - p, not u: to keep both costs another 100 % of temporary
+        # memory on CPU.
+        return (jnp.where(factor > 0, factor, 1) * target - p,)
 
     def update(updates, state, params=None, **extra_args):
         _leafwise.require_params(name, params)
