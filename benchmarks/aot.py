@@ -42,11 +42,10 @@ RACE = "adamw"
 def _rows(target: str, tree_names: list[str]):
     """Yield the rows of a target: optax, the recipes, the race."""
     from benchmarks import described, methods, trees
-    from optlab import recipes
 
     where = described.sharding(target)
     optimizers = {f"optax.{name}": methods.baseline(name) for name in methods.BASELINES}
-    optimizers |= {name: methods.recipe(name) for name in recipes.__all__} | methods.more()
+    optimizers |= methods.optimizers()
     adamw = 0
     for tree_name in tree_names:
         tree = getattr(trees, tree_name)()

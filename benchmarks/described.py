@@ -83,7 +83,8 @@ def race_job(name: str, where: NamedSharding) -> Job:
     from optlab.lab import model, optimizers, train
 
     config = configs.Config(
-        **{"preset": "quick", **configs.preset("quick")},
+        **configs.preset("quick"),
+        preset="quick",
         optimizers=(name,),
         learning_rates={name: methods.RATE},
         schedule="wsd",

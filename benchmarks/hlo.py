@@ -49,7 +49,9 @@ def launched(text: str) -> Counter[str]:
     def walk(name: str) -> None:
         for line in computations[name]:
             match = _OPCODE.search(line)
-            opcode = match[1] if match else "unread"
+            if not match:
+                raise ValueError(f"hlo: no opcode in {line.strip()[:200]!r}. Adapt _OPCODE.")
+            opcode = match[1]
             found[opcode] += 1
             if opcode in _CONTROL:
                 for single, several in _CALLED.findall(line):

@@ -33,28 +33,28 @@ def _call(make, **arguments) -> optax.GradientTransformation:
     takes = inspect.signature(make).parameters
     if "weight_decay" in takes:
         arguments["weight_decay"] = WEIGHT_DECAY
+    if "decoupled" in takes:
+        arguments["decoupled"] = True
     return make(RATE, **arguments)
 
 
-def recipe(name: str) -> optax.GradientTransformation:
-    """Return a recipe at its defaults, with weight decay if it has one."""
-    return _call(getattr(recipes, name))
-
-
 def baseline(name: str) -> optax.GradientTransformation:
-    """Return optax's method of that name, likewise."""
+    """Return optax's method of that name, with the same decay."""
     return _call(getattr(optax, name))
 
 
-def more() -> dict[str, optax.GradientTransformation]:
-    """Return the elementwise functions that Lion-K takes beside Lion's own sign."""
-    kappas = {
-        "quadratic": "quadratic",
-        "huber": kappa.huber(0.1),
-        "dead_zone": kappa.dead_zone(1e-3),
-        "smooth_sign": kappa.smooth_sign(0.1),
-    }
-    return {f"lion_k[{key}]": _call(recipes.lion_k, kappa=k) for key, k in kappas.items()}
+KAPPAS: dict[str, kappa.Kappa] = {
+    "lion_k[quadratic]": kappa.quadratic,
+    "lion_k[huber]": kappa.huber(0.1),
+    "lion_k[dead_zone]": kappa.dead_zone(1e-3),
+    "lion_k[smooth_sign]": kappa.smooth_sign(0.1),
+}
+
+
+def optimizers() -> dict[str, optax.GradientTransformation]:
+    """Return every recipe, and Lion-K with the elementwise functions beside Lion's own sign."""
+    found = {name: _call(getattr(recipes, name)) for name in recipes.__all__}
+    return found | {name: _call(recipes.lion_k, kappa=k) for name, k in KAPPAS.items()}
 
 
 class Bound(NamedTuple):

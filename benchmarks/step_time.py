@@ -1,0 +1,142 @@
+"""Time one optimizer step on this machine: python -m benchmarks.step_time [NAME ...].
+
+Every recipe, on a GPT of 196 leaves (12 layers of width 256, 11.8 M parameters), params and state
+donated, beside optax's method of the same name and the same mathematics written by hand. The three
+run in turns in one process, and the ratio is the median over turns of the recipe's time by that of
+the fastest of the others, so that a busy machine slows them alike. Each must land where the recipe
+does. Writes benchmarks/results/step_time.{json,md}.
+"""
+
+import argparse
+import gc
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import hlo, methods, table, trees
+from benchmarks.handwritten import BY_NAME, Handwritten
+
+RESULTS = Path(__file__).parent / "results" / "step_time"
+SEED = 0
+TURNS, STEPS = 21, 5
+# Of the way gone in three steps, in float32; a sign may turn where a momentum is next to zero.
+TOLERANCE = 1e-3
+# optax's LARS divides by another norm, its Signum has no decay.
+SAME_IN_OPTAX = ("adabelief", "lamb", "lion")
+
+
+class Runner:
+    """A compiled step with its own params and state, both donated at every call."""
+
+    def __init__(self, optimizer: Handwritten):
+        self.params = trees.normal(trees.gpt196(), SEED, 0.02)
+        # Varies over the leaves, as gradients do.
+        self.grads = trees.normal(trees.gpt196(), SEED + 1, 1e-3)
+        self.state = jax.jit(optimizer.init)(self.params)
+        lowered = jax.jit(optimizer.step, donate_argnums=(0, 1)).lower(
+            self.params, self.state, self.grads
+        )
+        begin = time.perf_counter()
+        self.compiled: Any = lowered.compile()
+        self.compile_seconds = time.perf_counter() - begin
+
+    def milliseconds(self, steps: int) -> float:
+        """Run `steps` steps and return the time of one."""
+        begin = time.perf_counter()
+        for _ in range(steps):
+            self.params, self.state = self.compiled(self.params, self.state, self.grads)
+        jax.block_until_ready((self.params, self.state))
+        return 1e3 * (time.perf_counter() - begin) / steps
+
+    def counts(self) -> dict[str, Any]:
+        """Return temporary memory in percent of the parameters, program size, compile time."""
+        temp = self.compiled.memory_analysis().temp_size_in_bytes
+        return {
+            "temp %": round(100 * temp / (4 * trees.size(self.params)), 2),
+            "instructions": hlo.instructions(self.compiled.as_text()),
+            "compile s": round(self.compile_seconds, 1),
+        }
+
+
+def _of_optax(tx: Any) -> Handwritten:
+    from benchmarks.described import optimizer_step
+
+    return Handwritten(tx.init, optimizer_step(tx))
+
+
+def _forms(name: str) -> dict[str, Handwritten]:
+    """Return the forms of one method, the recipe first."""
+    forms = {"optlab": _of_optax(methods.optimizers()[name]), "by hand": BY_NAME[name]}
+    if name in SAME_IN_OPTAX:
+        forms["optax"] = _of_optax(methods.baseline(name))
+    return forms
+
+
+def _distance(a: Any, b: Any) -> float:
+    gaps = jax.tree.map(lambda x, y: jnp.sum(jnp.abs(x - y)), a, b)
+    return float(sum(jax.tree.leaves(gaps)))
+
+
+def _check_same(name: str, runners: dict[str, Runner]) -> None:
+    """Refuse to compare what does not compute the same."""
+    start, wanted = trees.normal(trees.gpt196(), SEED, 0.02), runners["optlab"].params
+    for form, runner in runners.items():
+        gap = _distance(wanted, runner.params) / _distance(wanted, start)
+        if not gap < TOLERANCE:
+            raise AssertionError(f"step_time: {name} {form} lands {gap:g} of the way off.")
+
+
+def compare(name: str, turns: int) -> Iterator[dict[str, Any]]:
+    """Yield a row per form of one method, the recipe first."""
+    runners = {form: Runner(optimizer) for form, optimizer in _forms(name).items()}
+    for runner in runners.values():
+        runner.milliseconds(3)
+    _check_same(name, runners)
+    times: dict[str, list[float]] = {form: [] for form in runners}
+    for turn in range(turns):
+        # Forwards and backwards, so that none always runs after the same one.
+        for form in list(runners)[:: -1 if turn % 2 else 1]:
+            times[form].append(runners[form].milliseconds(STEPS))
+    others = [form for form in runners if form != "optlab"]
+    fastest = min(others, key=lambda form: np.median(times[form]))
+    for form, runner in runners.items():
+        ratio = np.median(np.array(times[form]) / np.array(times[fastest]))
+        yield {
+            "method": name,
+            "form": form,
+            "ms": round(float(np.median(times[form])), 2),
+            "ratio": round(float(ratio), 3),
+            **runner.counts(),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_time", description=__doc__)
+    parser.add_argument("names", nargs="*", help="recipes; all where none is named")
+    parser.add_argument("--turns", type=int, default=TURNS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name in asked.names or methods.optimizers():
+        for row in compare(name, asked.turns):
+            print(", ".join(f"{head} {value}" for head, value in row.items()), flush=True)
+            rows.append(row)
+        gc.collect()
+    first = jax.devices()[0]
+    device = f"{os.cpu_count()} CPU cores" if first.platform == "cpu" else first.device_kind
+    notes = (
+        "GPT of 196 leaves, 11.8 M float32 parameters, donated. `ratio`: to the fastest of the "
+        f"other forms, median over {asked.turns} turns of {STEPS} steps each. `temp %`: of the "
+        "parameters' bytes."
+    )
+    table.write(asked.out, "Time of one step", table.about(device, SEED), rows, notes)
+
+
+if __name__ == "__main__":
+    main()
