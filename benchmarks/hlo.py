@@ -3,7 +3,8 @@
 import re
 from collections import Counter
 
-_OPCODE = re.compile(r" = (?:\((?:[^()]|\([^()]*\))*\)|\S+) ([\w\-]+)\(")
+# Types have brackets of all kinds and spaces only inside them, as after the commas of a tuple.
+_OPCODE = re.compile(r"[)}\]] ([a-z][\w\-]*)\(")
 _CALLED = re.compile(
     r"(?:to_apply|body|condition|calls|true_computation|false_computation)=%([\w.\-]+)"
     r"|branch_computations=\{([^}]*)\}"
