@@ -60,6 +60,11 @@ def _correction(decay: ArrayLike, count: jax.Array) -> jax.Array:
     return 1 - jnp.asarray(decay) ** count
 
 
+def _debias(decay: ArrayLike, count: jax.Array) -> jax.Array:
+    """Return 1/(1 - decay^count): to divide every entry by the scalar costs XLA on CPU more."""
+    return 1 / _correction(decay, count)
+
+
 @_checks.explain_keywords
 def scale_by_moments(
     b1: ArrayLike = 0.9,
@@ -102,7 +107,7 @@ def scale_by_moments(
     _check_adam(name, b1, b2, mu_dtype, eps=eps)
 
     def make_leaf(count):
-        c1, c2 = (_correction(b, count) if bias_correction else 1.0 for b in (b1, b2))
+        over_c1, over_c2 = (_debias(b, count) if bias_correction else 1.0 for b in (b1, b2))
 
         def leaf(path, g, mu, nu, p):
             del path, p
@@ -110,7 +115,7 @@ def scale_by_moments(
             # for both.
             mu, nu = _lerp(b1, mu, g), b2 * nu + (1 - b2) * g * g
             ahead = _lerp(b1, mu, g) if nesterov else mu
-            return ahead / c1 / (jnp.sqrt(nu / c2) + eps), mu, nu
+            return over_c1 * ahead / (jnp.sqrt(over_c2 * nu) + eps), mu, nu
 
         return leaf
 
@@ -182,15 +187,16 @@ def scale_by_belief(
     _check_adam(name, b1, b2, mu_dtype, eps=eps, eps_root=eps_root)
 
     def make_leaf(count):
-        c1, c2 = _correction(b1, count), _correction(b2, count)
+        over_c1, over_c2 = _debias(b1, count), _debias(b2, count)
         r, tractable = rectification(b2, count)
 
         def direction(mu, s):
             if not accumulate_eps:
-                s = s + eps_root * c2
+                s = s + eps_root / over_c2
             if not rectify:
-                return mu / c1 / (jnp.sqrt(s / c2) + eps)
-            return jnp.where(tractable, r * jnp.sqrt(c2) / (jnp.sqrt(s) + eps), 1.0) * mu / c1
+                return over_c1 * mu / (jnp.sqrt(over_c2 * s) + eps)
+            rectified = r / jnp.sqrt(over_c2) / (jnp.sqrt(s) + eps)
+            return jnp.where(tractable, rectified, 1.0) * over_c1 * mu
 
         def leaf(path, g, mu, s, *rest):
             del path
@@ -250,9 +256,9 @@ def scale_by_friction(
     _check_adam(name, b1, b2, mu_dtype, eps=eps, eps_root=eps_root)
 
     def make_leaf(count):
-        c1, c2 = _correction(b1, count), _correction(b2, count)
+        over_c1, over_c2 = _debias(b1, count), _debias(b2, count)
         # Official: eps beside the uncorrected root, the corrections in front of the quotient.
-        in_root, in_front = (1.0, jnp.sqrt(c2) / c1) if official else (c2, 1 / c1)
+        in_root, in_front = (1.0, over_c1 / jnp.sqrt(over_c2)) if official else (over_c2, over_c1)
 
         def leaf(path, g, mu, nu, *rest):
             del path
@@ -260,7 +266,7 @@ def scale_by_friction(
             mu, nu = _lerp(b1, mu, g), _lerp(b2, nu, g * g)
             nu_max = [jnp.maximum(nu, old) for old in nu_max]
             friction = jax.nn.sigmoid(jnp.abs(previous - g))
-            root = jnp.sqrt((nu_max or [nu])[0] / in_root + eps_root)
+            root = jnp.sqrt(in_root * (nu_max or [nu])[0] + eps_root)
             return in_front * friction * mu / (root + eps), mu, nu, *nu_max
 
         return leaf
