@@ -49,7 +49,6 @@ UNITS = {
     "dense/kernel": (0,),
     "embed/embedding": (1,),
 }
-ROWS = UNITS | {"embed/embedding": (0,)}  # of a table, the input side is the vocabulary
 MATRICES = {name: len(shape) > 1 for name, shape in SHAPES.items()}
 
 
@@ -85,7 +84,6 @@ class Case:
 ADAM = {"b1": 0.9, "b2": 0.99, "eps": 1e-6}
 AVERAGE = {"b1": 0.8, "b2": 0.95}
 units = lambda name: {"inputs": UNITS.get(name)}  # noqa: E731
-rows = lambda name: {"inputs": ROWS.get(name)}  # noqa: E731
 _adagrad = functools.partial(Case, reference=adagrad_norm.adagrad_norm, leaves=None)
 _sai = functools.partial(Case, reference=sgd_sai.sgd_sai, leaves=None, branches=True)
 
@@ -163,10 +161,10 @@ CASES = [
         "sgd_sai-official", optlab.sgd_sai, shared={"momentum": 0.9, "eps": 1e-8, "official": True},
         rate=0.02,
     ),
-    Case("allora", optlab.allora, allora.allora, {"eta": 2.0}, leaves=rows, decays=False),
+    Case("allora", optlab.allora, allora.allora, {"eta": 2.0}, leaves=units, decays=False),
     Case(
         "allora-before", optlab.allora, allora.allora, {"eta": 3.0, "after_base": False},
-        ours={"base": optax.scale_by_sign()}, theirs={"base": np.sign}, leaves=rows, decays=False,
+        ours={"base": optax.scale_by_sign()}, theirs={"base": np.sign}, leaves=units, decays=False,
     ),
 ]  # fmt: skip
 
