@@ -50,6 +50,11 @@ def one_matrix() -> dict[str, Any]:
     return {"dense": {"kernel": (4096, 4096)}}
 
 
+def large_matrix() -> dict[str, Any]:
+    """One (8192, 8192) leaf: 256 MiB, more than a TPU v5e has on chip."""
+    return {"dense": {"kernel": (8192, 8192)}}
+
+
 def _gpt(
     width: int, layers: int, *, vocab: int, bias: bool, norm_bias: bool = False
 ) -> dict[str, Any]:
