@@ -210,7 +210,8 @@ def scale_leaves(name: str, updates: Any, factors: jax.Array) -> Any:
 def init_slots(name: str, params: Any, dtype: Any = None) -> Any:
     """Return zeros for every parameter, refusing by name what cannot be optimized."""
     check_tree(name, params)
-    return jax.tree.map(lambda p: zeros_like(p, dtype), params)
+    dtype_of = lambda p: widen(p.dtype) if dtype is widen else dtype  # noqa: E731
+    return jax.tree.map(lambda p: zeros_like(p, dtype_of(p)), params)
 
 
 def init_checked(name: str) -> optax.TransformInitFn:
@@ -261,9 +262,9 @@ def stateful(
     """Build a transformation whose state is a step count and slots of the parameters' shape.
 
     `state_type` is a NamedTuple: `count` first if it has one, then one tree per entry of `dtypes`
-    (None: the parameter's own). `make_leaf(count)` receives the number of this step, from 1, and
-    returns `leaf(path, u, *slots, p, *read) -> (u, *slots)`. `reads` names the extra arguments of
-    update, trees like the updates, that the leaf needs.
+    (None: the parameter's own; `widen`: at least float32). `make_leaf(count)` receives the number
+    of this step, from 1, and returns `leaf(path, u, *slots, p, *read) -> (u, *slots)`. `reads`
+    names the extra arguments of update, trees like the updates, that the leaf needs.
     """
     counts = "count" in state_type._fields
 

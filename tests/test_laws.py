@@ -305,3 +305,22 @@ def test_bfloat16_leaves_are_computed_in_float32_and_rounded_once(name):
     rounded = exact["kernel"].astype(jnp.bfloat16)
     assert np.any(rounded.astype(jnp.float32) != exact["kernel"]), "nothing is rounded here"
     np.testing.assert_array_equal(flat(found), flat(rounded))
+
+
+@pytest.mark.parametrize("name", ["scale_by_moments", "scale_by_diffgrad"])
+def test_second_moment_of_bfloat16_parameters_forgets(name):
+    # 0.999 nu is nu again in bfloat16, so a second moment kept in it never falls.
+    tx = getattr(optlab, name)(b1=0.0, b2=0.999, eps=0.0)
+    state = tx.init(jnp.zeros(1, jnp.bfloat16))
+
+    def step(t, state):
+        g = jnp.where(t == 0, 1.0, 0.0).astype(jnp.bfloat16)[None]
+        return tx.update(g, state)[1]
+
+    state = jax.lax.fori_loop(0, 1000, step, state)
+    seen = next(s for s in jax.tree.leaves(state, is_leaf=_has_nu) if _has_nu(s))
+    np.testing.assert_allclose(seen.nu, [0.001 * 0.999**999], rtol=1e-3)
+
+
+def _has_nu(state):
+    return hasattr(state, "nu")

@@ -48,7 +48,8 @@ def diffgrad(
       An optimizer; updates lie between half of Adam's and Adam's.
 
     State:
-      previous, mu, nu: the parameter's shape; 12 bytes per float32 parameter, 16 with amsgrad.
+      previous, mu, nu: the parameter's shape, nu in float32 or wider; 12 bytes per float32
+        parameter, 16 with amsgrad.
       Where a step would make a parameter non-finite, 0 is remembered in place of its gradient.
 
     Raises:
@@ -128,7 +129,8 @@ def adabelief(
       An optimizer; entries of about lr for noisy gradients, more for steady ones.
 
     State:
-      mu, nu: the parameter's shape; 8 bytes per float32 parameter, 12 with amsgrad.
+      mu, nu: the parameter's shape, nu in float32 or wider; 8 bytes per float32 parameter, 12 with
+      amsgrad.
 
     Raises:
       ValueError: a rate outside its range.

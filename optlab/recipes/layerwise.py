@@ -140,7 +140,7 @@ def lamb(
       An optimizer whose updates have norm lr |p|.
 
     State:
-      mu, nu: the parameter's shape; 8 bytes per float32 parameter.
+      mu, nu: the parameter's shape, nu in float32 or wider; 8 bytes per float32 parameter.
 
     Raises:
       ValueError: a rate outside its range.

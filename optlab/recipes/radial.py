@@ -51,7 +51,7 @@ def adamp(
       An optimizer; updates are at most Adam's, plus the decay.
 
     State:
-      mu, nu: the parameter's shape; 8 bytes per float32 parameter.
+      mu, nu: the parameter's shape, nu in float32 or wider; 8 bytes per float32 parameter.
 
     Raises:
       ValueError: a rate outside its range; a leaf that the layout cannot read, by name.
@@ -206,7 +206,8 @@ def nap(
       An optimizer that keeps the norms of the held leaves; it must be the last link.
 
     State:
-      mu, nu: the parameter's shape; 8 bytes per float32 parameter, and one float32 per leaf.
+      mu, nu: the parameter's shape, nu in float32 or wider; 8 bytes per float32 parameter, and one
+      float32 per leaf.
 
     Raises:
       ValueError: a rate outside its range.

@@ -18,7 +18,7 @@ class ScaleByMomentsState(NamedTuple):
 
     count: jax.Array  # int32, (): updates seen
     mu: optax.Updates  # first moment, in the parameter's shape
-    nu: optax.Updates  # second moment, in the parameter's shape
+    nu: optax.Updates  # second moment, in the parameter's shape, float32 or wider
 
 
 class ScaleByMaxMomentsState(NamedTuple):
@@ -26,8 +26,8 @@ class ScaleByMaxMomentsState(NamedTuple):
 
     count: jax.Array  # int32, (): updates seen
     mu: optax.Updates  # first moment, in the parameter's shape
-    nu: optax.Updates  # second moment, in the parameter's shape
-    nu_max: optax.Updates  # largest second moment so far, in the parameter's shape
+    nu: optax.Updates  # second moment, in the parameter's shape, float32 or wider
+    nu_max: optax.Updates  # largest second moment so far, likewise
 
 
 class ScaleByAdagradNormState(NamedTuple):
@@ -44,7 +44,8 @@ def _check_adam(name, b1, b2, mu_dtype, **nonnegative) -> None:
 
 def _moments(name, make_leaf, mu_dtype, *, amsgrad=False, reads=()):
     state_type = ScaleByMaxMomentsState if amsgrad else ScaleByMomentsState
-    dtypes = (mu_dtype, None, None) if amsgrad else (mu_dtype, None)
+    # In bfloat16 0.999 nu is nu again: a second moment kept in it would never fall.
+    dtypes = (mu_dtype, _leafwise.widen, *(_leafwise.widen,) * amsgrad)
     return _leafwise.stateful(name, state_type, dtypes, make_leaf, reads=reads)
 
 
@@ -94,7 +95,7 @@ def scale_by_moments(
       A transformation whose entries are about 1 in size.
 
     State:
-      mu, nu: the parameter's shape; 8 bytes per float32 parameter.
+      mu, nu: the parameter's shape, nu in float32 or wider; 8 bytes per float32 parameter.
 
     Example:
       >>> import jax.numpy as jnp, optlab
@@ -173,7 +174,8 @@ def scale_by_belief(
       one.
 
     State:
-      mu, nu: the parameter's shape; 8 bytes per float32 parameter, 12 with amsgrad.
+      mu, nu: the parameter's shape, nu in float32 or wider; 8 bytes per float32 parameter, 12 with
+      amsgrad.
 
     Example:
       >>> import jax.numpy as jnp, optlab
@@ -243,7 +245,8 @@ def scale_by_friction(
       A transformation that needs the extra argument `previous_updates`.
 
     State:
-      mu, nu: the parameter's shape; 8 bytes per float32 parameter, 12 with amsgrad.
+      mu, nu: the parameter's shape, nu in float32 or wider; 8 bytes per float32 parameter, 12 with
+      amsgrad.
 
     Example:
       >>> import jax.numpy as jnp, optlab
@@ -306,7 +309,8 @@ def scale_by_diffgrad(
       A transformation whose entries are at most Adam's.
 
     State:
-      previous, mu, nu: the parameter's shape; 12 bytes per float32 parameter, 16 with amsgrad.
+      previous, mu, nu: the parameter's shape, nu in float32 or wider; 12 bytes per float32
+        parameter, 16 with amsgrad.
 
     Example:
       >>> import jax.numpy as jnp, optlab
