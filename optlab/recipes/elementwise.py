@@ -37,7 +37,8 @@ def diffgrad(
       b2: rate of the second moment, in [0, 1).
       eps: added to the root, >= 0.
       eps_root: added under the root, >= 0.
-      weight_decay: L2 term in the gradient, and in the one remembered, >= 0, or a schedule.
+      weight_decay: L2 term in the gradient, and in the one remembered, >= 0, or a schedule. Above 0
+        and not decoupled, XLA on CPU copies the weights to remember it; else nothing is copied.
       weight_decay_mask: leaves that decay. (static)
       decoupled: decay the weights instead, p <- p - lr weight_decay p. (static)
       official: add eps to sqrt(nu) before the bias correction, as the authors' code does. (static)
