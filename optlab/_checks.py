@@ -23,8 +23,16 @@ _TORCH_WORDS = {
 }
 
 
-def _refuse(name: str, argument: str, must: str, value: Any) -> ValueError:
-    return ValueError(f"{name}: {argument} must be {must}, got {value!r}.")
+def refusal(
+    kind: type[Exception], name: str, argument: str, must: str, value: Any, fix: str = ""
+) -> Exception:
+    """Return the one error of a wrong argument; `explain_calls` gives it the name of the call."""
+    shape = getattr(value, "shape", ())
+    got = f"an array of shape {shape}" if shape else repr(value)
+    text = f"{argument} must be {must}, got {got}.{fix}"
+    error = kind(f"{name}: {text}")
+    error.refused = argument, text  # type: ignore[attr-defined]
+    return error
 
 
 def check_takes(name: str, argument: str, what: str, value: Callable[..., Any]) -> None:
@@ -32,10 +40,9 @@ def check_takes(name: str, argument: str, what: str, value: Callable[..., Any]) 
     try:
         inspect.signature(value).bind(what)
     except TypeError as error:
-        raise TypeError(
-            f"{name}: {argument} must be a function of {what}, got {value!r} ({error}). "
-            f"Write it as lambda {what}: ..."
-        ) from None
+        fix = f" It says: {error}. Write it as lambda {what}: ..."
+        must = f"a function of {what}"
+        raise refusal(TypeError, name, argument, must, value, fix) from None
     except ValueError:
         pass  # a builtin without a signature
 
@@ -46,12 +53,10 @@ def _number(
     """Return a Python number to check, or None for what is known only inside jit."""
     if isinstance(value, jax.Array) and value.ndim == 0:
         return None  # an injected hyperparameter
-    if hasattr(value, "shape") and value.shape:
-        raise TypeError(f"{name}: {argument} must be {must}, got an array of shape {value.shape}.")
     if schedule and callable(value):
         return check_takes(name, argument, "step", value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: {argument} must be {must}, got {value!r}.")
+        raise refusal(TypeError, name, argument, must, value)
     return float(value)
 
 
@@ -68,7 +73,7 @@ def check_range(
     for argument, value in arguments.items():
         number = _number(name, argument, must, value, schedule=schedule)
         if number is not None and not accept(number):
-            raise _refuse(name, argument, must, value)
+            raise refusal(ValueError, name, argument, must, value)
 
 
 def check_decay(name: str, **arguments: Any) -> None:
@@ -95,19 +100,18 @@ def check_dtype(name: str, **arguments: Any) -> None:
         try:
             good = value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating)
         except TypeError as error:
-            raise TypeError(f"{name}: {argument} must be {must}, got {value!r}.") from error
+            raise refusal(TypeError, name, argument, must, value) from error
         if not good:
-            raise _refuse(name, argument, must, value)
+            raise refusal(ValueError, name, argument, must, value)
 
 
 def check_choice(name: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:
     """Refuse a name that is not among the choices, and say the nearest."""
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, 1)
-        raise ValueError(
-            f"{name}: {argument} must be one of {', '.join(map(repr, choices))}, got {value!r}."
-            + (f" Did you mean {near[0]!r}?" if near else "")
-        )
+        fix = f" Did you mean {near[0]!r}?" if near else ""
+        must = f"one of {', '.join(map(repr, choices))}"
+        raise refusal(ValueError, name, argument, must, value, fix)
 
 
 def check_steps(name: str, least: int = 0, **arguments: Any) -> None:
@@ -115,54 +119,61 @@ def check_steps(name: str, least: int = 0, **arguments: Any) -> None:
     for argument, value in arguments.items():
         must = f"a whole number >= {least}"
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name}: {argument} must be {must}, got {value!r}.")
+            raise refusal(TypeError, name, argument, must, value)
         if value < least:
-            raise _refuse(name, argument, must, value)
+            raise refusal(ValueError, name, argument, must, value)
 
 
 def check_callable(name: str, **arguments: Any) -> None:
     """Refuse what cannot be called, where a function or None is needed."""
     for argument, value in arguments.items():
         if value is not None and not callable(value):
-            raise TypeError(f"{name}: {argument} must be a function or None, got {value!r}.")
+            raise refusal(TypeError, name, argument, "a function or None", value)
 
 
 def check_transform(name: str, argument: str, value: Any) -> None:
     """Refuse what is not an optax transformation."""
     if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
-        raise TypeError(
-            f"{name}: {argument} must be an optax.GradientTransformation, got {value!r}. "
-            "Build it first, e.g. optax.scale_by_adam()."
-        )
+        fix = " Build it first, e.g. optax.scale_by_adam()."
+        raise refusal(TypeError, name, argument, "an optax.GradientTransformation", value, fix)
 
 
-def explain_keywords(fn: F) -> F:
-    """Make a wrong call of `fn` name the function, the argument and the word to use."""
+def _check_call(fn: Callable, signature: inspect.Signature, args: tuple, kwargs: dict) -> None:
+    known = list(signature.parameters)
+    for key in kwargs:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = _TORCH_WORDS.get(key) or (near[0] if near else None)
+            text = f"unknown keyword {key!r}." + (f" Did you mean {hint}?" if hint else "")
+            raise TypeError(f"{fn.__name__}: {text} It takes {', '.join(known)}.")
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        bare = [
+            p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()
+        ]
+        plain = signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)
+        raise TypeError(f"{fn.__name__}: {error}. Call {fn.__name__}{plain}.") from None
+
+
+def explain_calls(fn: F) -> F:
+    """Make a wrong call of `fn` name `fn`, the argument and the fix.
+
+    An argument that `fn` hands on to a link is refused in the name of `fn`, which the caller knows.
+    """
     signature = inspect.signature(fn)
 
     @functools.wraps(fn)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        for key in kwargs:
-            if key not in signature.parameters:
-                known = list(signature.parameters)
-                near = difflib.get_close_matches(key, known, 1)
-                hint = _TORCH_WORDS.get(key) or (near[0] if near else None)
-                raise TypeError(
-                    f"{fn.__name__}: unknown keyword {key!r}."
-                    + (f" Did you mean {hint}?" if hint else "")
-                    + f" It takes {', '.join(known)}."
-                )
+        _check_call(fn, signature, args, kwargs)
         try:
-            signature.bind(*args, **kwargs)
-        except TypeError as error:
-            plain = signature.replace(
-                parameters=[
-                    p.replace(annotation=inspect.Parameter.empty)
-                    for p in signature.parameters.values()
-                ],
-                return_annotation=inspect.Signature.empty,
-            )
-            raise TypeError(f"{fn.__name__}: {error}. Call {fn.__name__}{plain}.") from None
-        return fn(*args, **kwargs)
+            return fn(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            argument, text = getattr(error, "refused", (None, ""))
+            if argument not in signature.parameters or str(error).startswith(fn.__name__):
+                raise
+            named = type(error)(f"{fn.__name__}: {text}")
+            named.refused = argument, text  # type: ignore[attr-defined]
+            raise named from None
 
     return wrapper  # type: ignore[return-value]

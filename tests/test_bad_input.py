@@ -69,15 +69,18 @@ def step(tx: Any, grads: Any = GRADS, params: Any = PARAMS, init: Any = PARAMS) 
     return tx.update(grads, tx.init(init), params)
 
 
-def _number(label: str, build: Callable[..., Any], transform: str, must: str, **given: Any):
-    return Wrong(label, lambda: build(**given), transform, f"must be {must}")
+def _number(label: str, build: Callable[..., Any], must: str, **given: Any):
+    """Return a wrong argument, which is refused in the name of the function that was called."""
+    called = getattr(build, "func", build)
+    name = f"kappa.{called.__name__}" if called.__module__ == kappa.__name__ else called.__name__
+    return Wrong(label, lambda: build(**given), name, f"must be {must}")
 
 
 rate = "a number in [0, 1)"
 positive, nonnegative = "a number > 0", "a number >= 0"
 constructors = [
     *(
-        _number(f"{name}-{label}", getattr(optlab, name), name, nonnegative, learning_rate=value)
+        _number(f"{name}-{label}", getattr(optlab, name), nonnegative, learning_rate=value)
         for name in RECIPES
         for label, value in {
             "rate_negative": -0.1,
@@ -89,77 +92,73 @@ constructors = [
             "rate_an_optimizer": optax.sgd(0.1),
         }.items()
     ),
-    _number("b1_is_1", RECIPES["lion"], "interpolate_momentum", rate, b1=1),
-    _number("b2_is_1", RECIPES["adamp"], "scale_by_moments", rate, b2=1.0),
-    _number("b1_negative", RECIPES["lamb"], "scale_by_moments", rate, b1=-0.1),
-    _number("b2_as_text", RECIPES["adabelief"], "scale_by_belief", rate, b2="0.99"),
-    _number("b1_a_schedule", RECIPES["lion"], "interpolate_momentum", rate, b1=lambda t: 0.9),
-    _number("momentum_is_1", RECIPES["sgdp"], "sgdp", rate, momentum=1),
-    _number("momentum_of_lars", RECIPES["lars"], "heavy_ball", rate, momentum=1.5),
-    _number("momentum_of_signum", RECIPES["signum"], "interpolate_momentum", rate, momentum=2),
-    _number("momentum_of_sgd_sai", RECIPES["sgd_sai"], "ema_from_first", rate, momentum=None),
-    _number("dampening_is_1", RECIPES["sgdp"], "heavy_ball", rate, dampening=1.0),
-    _number("eps_negative", RECIPES["diffgrad"], "scale_by_friction", nonnegative, eps=-1e-8),
-    _number("eps_as_text", RECIPES["nap"], "scale_by_moments", nonnegative, eps="1e-8"),
-    _number("eps_root_negative", RECIPES["adabelief"], "scale_by_belief", nonnegative, eps_root=-1),
-    _number("eps_zero", RECIPES["sgdp"], "project_radial", positive, eps=0),
-    _number("decay_negative", RECIPES["lion"], "lion", nonnegative, weight_decay=-0.1),
-    _number("decay_true", RECIPES["adagrad_norm"], "adagrad_norm", nonnegative, weight_decay=True),
-    _number("decay_as_text", RECIPES["lamb"], "scale_by_trust_ratio", nonnegative, weight_decay=""),
+    _number("b1_is_1", RECIPES["lion"], rate, b1=1),
+    _number("b2_is_1", RECIPES["adamp"], rate, b2=1.0),
+    _number("b1_negative", RECIPES["lamb"], rate, b1=-0.1),
+    _number("b2_as_text", RECIPES["adabelief"], rate, b2="0.99"),
+    _number("b1_a_schedule", RECIPES["lion"], rate, b1=lambda t: 0.9),
+    _number("momentum_is_1", RECIPES["sgdp"], rate, momentum=1),
+    _number("momentum_of_lars", RECIPES["lars"], rate, momentum=1.5),
+    _number("momentum_of_signum", RECIPES["signum"], rate, momentum=2),
+    _number("momentum_of_sgd_sai", RECIPES["sgd_sai"], rate, momentum=None),
+    _number("dampening_is_1", RECIPES["sgdp"], rate, dampening=1.0),
+    _number("eps_negative", RECIPES["diffgrad"], nonnegative, eps=-1e-8),
+    _number("eps_as_text", RECIPES["nap"], nonnegative, eps="1e-8"),
+    _number("eps_root_negative", RECIPES["adabelief"], nonnegative, eps_root=-1),
+    _number("eps_zero", RECIPES["sgdp"], positive, eps=0),
+    _number("decay_negative", RECIPES["lion"], nonnegative, weight_decay=-0.1),
+    _number("decay_true", RECIPES["adagrad_norm"], nonnegative, weight_decay=True),
+    _number("decay_as_text", RECIPES["lamb"], nonnegative, weight_decay=""),
     _number(
-        "decay_a_schedule", RECIPES["adamp"], "project_radial", nonnegative,
+        "decay_a_schedule", RECIPES["adamp"], nonnegative,
         weight_decay=lambda t: 0.1,
     ),
-    _number("delta_negative", RECIPES["adamp"], "project_radial", nonnegative, delta=-0.1),
-    _number("eta_zero", RECIPES["allora"], "scale_by_inverse_row_norm", positive, eta=0),
-    _number("b0_negative", RECIPES["adagrad_norm"], "scale_by_adagrad_norm", nonnegative, b0=-1),
+    _number("delta_negative", RECIPES["adamp"], nonnegative, delta=-0.1),
+    _number("eta_zero", RECIPES["allora"], positive, eta=0),
+    _number("b0_negative", RECIPES["adagrad_norm"], nonnegative, b0=-1),
     _number(
-        "trust_zero", RECIPES["lars"], "scale_by_trust_ratio", positive, trust_coefficient=0
+        "trust_zero", RECIPES["lars"], positive, trust_coefficient=0
     ),
-    _number("max_ratio_zero", RECIPES["lamb"], "scale_by_trust_ratio", positive, max_ratio=0),
-    _number("phi_reversed", RECIPES["lamb"], "scale_by_trust_ratio", "None or (", phi=(2, 1)),
-    _number("phi_as_text", RECIPES["lamb"], "scale_by_trust_ratio", "None or (", phi=("1", "2")),
-    _number("every_0", RECIPES["nap"], "normalize_and_project", "a whole number >= 1", every_k=0),
-    _number("every_half", RECIPES["nap"], "normalize_and_project", "a whole number", every_k=0.5),
-    _number("ddof", optlab.scale_by_initial_snr, "scale_by_initial_snr", "a whole number", ddof=-1),
+    _number("max_ratio_zero", RECIPES["lamb"], positive, max_ratio=0),
+    _number("phi_reversed", RECIPES["lamb"], "None or (", phi=(2, 1)),
+    _number("phi_as_text", RECIPES["lamb"], "None or (", phi=("1", "2")),
+    _number("every_0", RECIPES["nap"], "a whole number >= 1", every_k=0),
+    _number("every_half", RECIPES["nap"], "a whole number", every_k=0.5),
+    _number("ddof", optlab.scale_by_initial_snr, "a whole number", ddof=-1),
     _number(
-        "power", optlab.scale_by_inverse_row_norm, "scale_by_inverse_row_norm",
-        positive, power=0,
-    ),
-    _number(
-        "cautious", optlab.add_cautious_decay, "add_cautious_decay",
-        nonnegative, weight_decay=-1,
+        "power", optlab.scale_by_inverse_row_norm, positive, power=0,
     ),
     _number(
-        "after", optlab.decay_after_update, "decay_after_update",
-        nonnegative, learning_rate="1",
+        "cautious", optlab.add_cautious_decay, nonnegative, weight_decay=-1,
     ),
-    _number("lp_1", kappa.lp, "kappa.lp", "a number > 1", p=1),
-    _number("huber_0", kappa.huber, "kappa.huber", positive, e=0.0),
-    _number("dead_zone", kappa.dead_zone, "kappa.dead_zone", nonnegative, e=-1),
-    _number("top_half", kappa.top_k, "kappa.top_k", "a whole number >= 1", k=0.5),
-    _number("smooth_0", kappa.smooth_sign, "kappa.smooth_sign", positive, s=0),
+    _number(
+        "after", optlab.decay_after_update, nonnegative, learning_rate="1",
+    ),
+    _number("lp_1", kappa.lp, "a number > 1", p=1),
+    _number("huber_0", kappa.huber, positive, e=0.0),
+    _number("dead_zone", kappa.dead_zone, nonnegative, e=-1),
+    _number("top_half", kappa.top_k, "a whole number >= 1", k=0.5),
+    _number("smooth_0", kappa.smooth_sign, positive, s=0),
     *(
-        _number(f"{name}-mu_dtype_{value}", build, FIRST[name] if name != "lars" else "heavy_ball",
+        _number(f"{name}-mu_dtype_{value}", build,
                 "a floating dtype or None", mu_dtype=value)
         for name, build in RECIPES.items()
         if name in ("lion", "adamp", "sgdp", "lars", "lamb", "adabelief")
         for value in ("int32", "float33")
     ),
     _number(
-        "norm", RECIPES["lars"], "scale_by_trust_ratio",
-        "one of 'of_sum', 'sum_of'", norm="l2",
+        "norm", RECIPES["lars"], "one of 'of_sum', 'sum_of'", norm="l2",
     ),
-    _number("kappa_unknown", RECIPES["lion_k"], "apply_kappa", "one of 'l1'", kappa="l3"),
-    _number("kappa_a_number", RECIPES["lion_k"], "apply_kappa", "a name or a function", kappa=1.5),
-    _number("layout_a_name", RECIPES["adamp"], "project_radial", "a function", layout="flax"),
-    _number("layout_of_lars", RECIPES["lars"], "scale_by_trust_ratio", "a function", layout=3),
+    _number("kappa_unknown", RECIPES["lion_k"], "one of 'l1'", kappa="l3"),
+    _number("kappa_a_number", RECIPES["lion_k"], "a name or a function", kappa=1.5),
+    _number("layout_a_name", RECIPES["adamp"], "a function", layout="flax"),
+    _number("layout_of_lars", RECIPES["lars"], "a function", layout=3),
     _number(
-        "layout_a_view", RECIPES["allora"], "scale_by_inverse_row_norm", "a function",
+        "layout_a_view", RECIPES["allora"], "a function",
         layout=optlab.MatrixView((0,), (1,)),
     ),
     _number(
-        "write_back", functools.partial(optlab.project_radial, optax.identity()), "project_radial",
+        "write_back", functools.partial(optlab.project_radial, optax.identity()),
         "a function or None", write_back=True,
     ),
 ]  # fmt: skip
@@ -175,13 +174,13 @@ schedules = [
         "sgd_sai",
         "Write it as lambda step:",
     ),
-    _number("peak_negative", optlab.wsd, "wsd", positive, **WSD | {"peak_value": -1.0}),
-    _number("peak_as_text", optlab.wsd, "wsd", positive, **WSD | {"peak_value": "1"}),
-    _number("warmup_negative", optlab.wsd, "wsd", "a whole number", **WSD | {"warmup_steps": -1}),
-    _number("stable_fraction", optlab.wsd, "wsd", "a whole number", **WSD | {"stable_steps": 0.8}),
-    _number("end_negative", optlab.wsd, "wsd", nonnegative, **WSD | {"end_value": -1}),
-    _number("decay_unknown", optlab.wsd, "wsd", "one of 'linear'", **WSD | {"decay": "exp"}),
-    _number("exponential_to_0", optlab.wsd, "wsd", positive, **WSD | {"decay": "exponential"}),
+    _number("peak_negative", optlab.wsd, positive, **WSD | {"peak_value": -1.0}),
+    _number("peak_as_text", optlab.wsd, positive, **WSD | {"peak_value": "1"}),
+    _number("warmup_negative", optlab.wsd, "a whole number", **WSD | {"warmup_steps": -1}),
+    _number("stable_fraction", optlab.wsd, "a whole number", **WSD | {"stable_steps": 0.8}),
+    _number("end_negative", optlab.wsd, nonnegative, **WSD | {"end_value": -1}),
+    _number("decay_unknown", optlab.wsd, "one of 'linear'", **WSD | {"decay": "exp"}),
+    _number("exponential_to_0", optlab.wsd, positive, **WSD | {"decay": "exponential"}),
 ]
 
 inners = [

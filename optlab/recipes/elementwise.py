@@ -9,7 +9,7 @@ from optlab.transforms.decay import add_decay
 from optlab.transforms.momentum import with_previous_updates
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def diffgrad(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -85,7 +85,7 @@ def diffgrad(
     return optax.chain(decay, with_previous_updates(optax.chain(friction, rate), last=True))
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def adabelief(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -171,7 +171,7 @@ def adabelief(
     return optax.chain(*links, optax.scale_by_learning_rate(learning_rate))
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def adagrad_norm(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -15,7 +15,7 @@ from optlab.transforms.trust_ratio import (
 )
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def lars(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -99,7 +99,7 @@ def lars(
     return optax.chain(ratio, rate, trace) if lr_in_momentum else optax.chain(ratio, trace, rate)
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def lamb(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -176,7 +176,7 @@ def lamb(
     )
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def sgd_sai(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -233,6 +233,7 @@ def sgd_sai(
     _checks.check_nonnegative(
         "sgd_sai", learning_rate=learning_rate, weight_decay=weight_decay, schedule=True
     )
+    _checks.check_decay("sgd_sai", momentum=momentum)
     return optax.chain(
         scale_by_initial_snr(eps, normalize=not official),
         ema_from_first(momentum, mu_dtype=mu_dtype),
@@ -241,7 +242,7 @@ def sgd_sai(
     )
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def allora(
     learning_rate: optax.ScalarOrSchedule,
     *,

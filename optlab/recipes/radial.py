@@ -10,7 +10,7 @@ from optlab.transforms.momentum import HeavyBallState, heavy_ball
 from optlab.transforms.radial import normalize_and_project, project_radial
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def adamp(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -90,7 +90,7 @@ def adamp(
     )
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def sgdp(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -173,7 +173,7 @@ def sgdp(
     )
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def nap(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -26,7 +26,7 @@ def _finish(
     )
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def lion(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -86,7 +86,7 @@ def lion(
     )
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def lion_k(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -146,7 +146,7 @@ def lion_k(
     )
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def signum(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -190,6 +190,7 @@ def signum(
       Bernstein et al., signSGD: compressed optimisation for non-convex problems, arXiv:1802.04434,
       2018, Alg. 2.
     """
+    _checks.check_decay("signum", momentum=momentum)
     no_memory = isinstance(momentum, int | float) and momentum == 0
     direction = (
         apply_kappa("l1")

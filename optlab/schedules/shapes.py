@@ -26,7 +26,7 @@ _DECAYS: dict[str, _Decay] = {
 }
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def wsd(
     peak_value: float,
     warmup_steps: int,

@@ -66,7 +66,7 @@ def _debias(decay: ArrayLike, count: jax.Array) -> jax.Array:
     return 1 / _correction(decay, count)
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def scale_by_moments(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
@@ -138,7 +138,7 @@ def rectification(b2: ArrayLike, count: jax.Array, *, threshold: float = 5.0):
     return jnp.sqrt(jnp.where(tractable, r2, 1.0)), tractable
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def scale_by_belief(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
@@ -216,7 +216,7 @@ def scale_by_belief(
     return _moments(name, make_leaf, mu_dtype, amsgrad=amsgrad)
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def scale_by_friction(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
@@ -277,7 +277,7 @@ def scale_by_friction(
     return _moments(name, make_leaf, mu_dtype, amsgrad=amsgrad, reads=("previous_updates",))
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def scale_by_diffgrad(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
@@ -334,7 +334,7 @@ def _shared(values: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(values, cuda=keep, default=lambda x: x)
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def scale_by_adagrad_norm(
     b0: ArrayLike = 0.1, *, per_leaf: bool = False
 ) -> optax.GradientTransformationExtraArgs:

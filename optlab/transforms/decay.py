@@ -56,7 +56,7 @@ def add_decay(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def add_cautious_decay(
     weight_decay: ArrayLike = 0.0, mask: _leafwise.Mask = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -96,7 +96,7 @@ def add_cautious_decay(
     )
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def decay_after_update(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: ArrayLike = 0.0,

@@ -111,6 +111,7 @@ def resolve(name: str, kappa: Kappa | str) -> Kappa:
     if callable(kappa):
         return kappa
     if not isinstance(kappa, str):
-        raise TypeError(f"{name}: kappa must be a name or a function of one leaf, got {kappa!r}.")
+        must = "a name or a function of one leaf"
+        raise _checks.refusal(TypeError, name, "kappa", must, kappa)
     _checks.check_choice(name, "kappa", kappa, tuple(by_name))
     return by_name[kappa]

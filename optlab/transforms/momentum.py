@@ -41,7 +41,7 @@ def _reads_new_average(b1: ArrayLike, b2: ArrayLike) -> bool:
     return static and b2 > 0 and b1 <= 2 * b2
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def interpolate_momentum(
     b1: ArrayLike = 0.9, b2: ArrayLike = 0.99, *, mu_dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -90,7 +90,7 @@ def interpolate_momentum(
     return _leafwise.stateful(name, InterpolateMomentumState, (mu_dtype,), lambda: leaf)
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def ema_from_first(
     decay: ArrayLike, *, mu_dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -134,7 +134,7 @@ def ema_from_first(
     return _leafwise.stateful(name, EmaFromFirstState, (mu_dtype,), make_leaf)
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def heavy_ball(
     momentum: ArrayLike,
     *,
@@ -183,7 +183,7 @@ def heavy_ball(
     return _leafwise.stateful(name, HeavyBallState, (mu_dtype,), lambda: leaf)
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def with_previous_updates(
     inner: optax.GradientTransformation,
     *,

@@ -28,7 +28,7 @@ class NormalizeAndProjectState(NamedTuple):
     inner: optax.OptState
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def remove_radial(*, layout: _layout.Policy | None = None) -> optax.GradientTransformationExtraArgs:
     """Remove from every update its component along the parameter.
 
@@ -89,7 +89,7 @@ def _radial_coefficient(g, p, u, view, delta, eps) -> tuple[jax.Array, jax.Array
     return coefficient, fired
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def project_radial(
     inner: optax.GradientTransformation,
     *,
@@ -175,7 +175,7 @@ def project_radial(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def normalize_and_project(
     inner: optax.GradientTransformation,
     *,

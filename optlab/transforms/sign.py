@@ -8,7 +8,7 @@ from optlab.transforms import kappa as _kappa
 from optlab.transforms.momentum import interpolate_momentum
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def apply_kappa(kappa: _kappa.Kappa | str = "l1") -> optax.GradientTransformationExtraArgs:
     """Replace every leaf by a (sub)gradient of the convex function kappa at it.
 
@@ -48,7 +48,7 @@ def apply_kappa(kappa: _kappa.Kappa | str = "l1") -> optax.GradientTransformatio
     return _leafwise.stateless("apply_kappa", leaf)
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def scale_by_lion_k(
     kappa: _kappa.Kappa | str = "l1",
     b1: ArrayLike = 0.9,
@@ -85,7 +85,7 @@ def scale_by_lion_k(
     return optax.chain(interpolate_momentum(b1, b2, mu_dtype=mu_dtype), apply_kappa(kappa))
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def scale_by_sign_momentum(
     b1: ArrayLike = 0.9, b2: ArrayLike = 0.99, *, mu_dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:

@@ -30,9 +30,8 @@ def _clip_bounds(name: str, phi: tuple[float, float] | None) -> None:
     real = isinstance(phi, tuple) and all(isinstance(x, numbers.Real) for x in phi)
     good = phi is None or (real and len(phi) == 2 and 0 <= phi[0] <= phi[1])
     if not good:
-        raise ValueError(
-            f"{name}: phi must be None or (low, high) with 0 <= low <= high, got {phi!r}."
-        )
+        must = "None or (low, high) with 0 <= low <= high"
+        raise _checks.refusal(ValueError, name, "phi", must, phi)
 
 
 def _kept(d: jax.Array, norm: str) -> jax.Array:
@@ -48,7 +47,7 @@ def _kept(d: jax.Array, norm: str) -> jax.Array:
     return jax.lax.platform_dependent(d, tpu=keep, cuda=on_gpu, default=forget)
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def scale_by_trust_ratio(
     trust_coefficient: ArrayLike = 1.0,
     *,
@@ -156,7 +155,7 @@ def scale_by_trust_ratio(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def scale_by_initial_snr(
     eps: ArrayLike = 1e-8, *, normalize: bool = True, ddof: int = 1, fallback: ArrayLike = 1.0
 ) -> optax.GradientTransformationExtraArgs:
@@ -233,7 +232,7 @@ def scale_by_initial_snr(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@_checks.explain_keywords
+@_checks.explain_calls
 def scale_by_inverse_row_norm(
     eta: ArrayLike = 2.0,
     *,
