@@ -113,5 +113,8 @@ def resolve(name: str, kappa: Kappa | str) -> Kappa:
     if not isinstance(kappa, str):
         must = "a name or a function of one leaf"
         raise _checks.refusal(TypeError, name, "kappa", must, kappa)
-    _checks.check_choice(name, "kappa", kappa, tuple(by_name))
+    if kappa not in by_name:
+        must = f"one of {', '.join(map(repr, by_name))} or a function of one leaf"
+        fix = " Of optlab.kappa, call lp(p), huber(e), dead_zone(e), top_k(k) or smooth_sign(s)."
+        raise _checks.refusal(ValueError, name, "kappa", must, kappa, fix)
     return by_name[kappa]
