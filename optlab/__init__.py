@@ -20,7 +20,6 @@ from optlab.recipes import (
 from optlab.schedules.shapes import wsd
 from optlab.transforms import kappa
 from optlab.transforms.adaptive import (
-    scale_by_adagrad_norm,
     scale_by_belief,
     scale_by_diffgrad,
     scale_by_friction,
@@ -35,6 +34,7 @@ from optlab.transforms.momentum import (
 )
 from optlab.transforms.radial import normalize_and_project, project_radial, remove_radial
 from optlab.transforms.sign import apply_kappa, scale_by_lion_k, scale_by_sign_momentum
+from optlab.transforms.tree_norm import scale_by_adagrad_norm
 from optlab.transforms.trust_ratio import (
     scale_by_initial_snr,
     scale_by_inverse_row_norm,

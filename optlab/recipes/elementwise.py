@@ -4,9 +4,10 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optlab import _checks, _leafwise
-from optlab.transforms.adaptive import scale_by_adagrad_norm, scale_by_belief, scale_by_friction
+from optlab.transforms.adaptive import scale_by_belief, scale_by_friction
 from optlab.transforms.decay import add_decay
 from optlab.transforms.momentum import with_previous_updates
+from optlab.transforms.tree_norm import scale_by_adagrad_norm
 
 
 @_checks.explain_calls

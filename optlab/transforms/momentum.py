@@ -60,7 +60,8 @@ def interpolate_momentum(
     Args:
       b1: rate of the emitted interpolation, in [0, 1).
       b2: rate of the stored average, in [0, 1).
-      mu_dtype: dtype of the average; None for the parameter's. (static)
+      mu_dtype: dtype of the average; None for the parameter's. A narrower one is copied on CPU,
+        since u_t is computed before the average is rounded. (static)
 
     Returns:
       A transformation whose output has the size of a gradient.

@@ -109,27 +109,22 @@ def scale_by_trust_ratio(
         _checks.check_nonnegative(name, zero_norm_ratio=zero_norm_ratio)
     _checks.check_callable(name, layout=layout)
     at_zero = trust_coefficient if zero_norm_ratio is None else zero_norm_ratio
+    of_sum = norm == "of_sum"
 
     def leaf_ratio(path, u, d, p, decay, cap):
         view = _layout.view_of(path, p, layout) if layout else None
         axes = (*view.rows, *view.cols) if view else None
-        norm_of = lambda x: norms.frobenius(x, axes, keepdims=True)  # noqa: E731
-        of_p, of_d = norm_of(p), norm_of(d)
+        of_p, moving = (norms.frobenius(x, axes, keepdims=True) for x in (p, d if of_sum else u))
+        divisor = moving if of_sum else moving + decay * of_p
         size = of_p if phi is None else jnp.clip(of_p, *phi)
-        if norm == "of_sum":
-            divisor, moving = of_d, of_d
-        else:
-            moving = norm_of(u)
-            divisor = moving + decay * of_p
         ratio = trust_coefficient * size / jnp.where(moving > 0, divisor + eps, 1)
         ratio = jnp.where((of_p > 0) & (moving > 0), ratio, at_zero)
         return ratio if cap is None else jnp.minimum(ratio, cap)
 
     def init(params):
         _leafwise.check_tree(name, params)
-        return (
-            TrustRatioState(jnp.zeros([], jnp.int32)) if callable(max_ratio) else optax.EmptyState()
-        )
+        count = jnp.zeros([], jnp.int32)
+        return TrustRatioState(count) if callable(max_ratio) else optax.EmptyState()
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -144,10 +139,10 @@ def scale_by_trust_ratio(
         def leaf(path, u, p, scales, decays):
             decay = weight_decay if decays else 0.0
             d = u + decay * p if decays else u
-            if scales:
-                d = _kept(d, norm)
-                d = leaf_ratio(path, u, d, p, decay, cap) * d
-            return (d,)
+            if not scales:
+                return (d,)
+            d = _kept(d, norm)
+            return (leaf_ratio(path, u, d, p, decay, cap) * d,)
 
         (updates,) = _leafwise.leafwise(name, leaf, updates, (), params, others=(scales, decays))
         return updates, state
