@@ -232,5 +232,5 @@ BY_NAME: dict[str, Handwritten] = {
     "signum": _leafwise(signum, 1),
 } | {name: _leafwise(functools.partial(lion, kappa=k), 1) for name, k in KAPPAS.items()}
 
-# Forms that an optax transformation cannot take: timed beside the others, no yardstick for them.
+# Forms that an optax transformation cannot take; they count as yardsticks all the same.
 IN_PLACE: dict[str, Handwritten] = {"nap": _nap(in_place=True)}

@@ -105,7 +105,7 @@ def compare(name: str, turns: int) -> Iterator[dict[str, Any]]:
         # Forwards and backwards, so that none always runs after the same one.
         for form in list(runners)[:: -1 if turn % 2 else 1]:
             times[form].append(runners[form].milliseconds(STEPS))
-    others = [form for form in runners if form not in ("optlab", "in place")]
+    others = [form for form in runners if form != "optlab"]
     fastest = min(others, key=lambda form: np.median(times[form]))
     for form, runner in runners.items():
         ratio = np.median(np.array(times[form]) / np.array(times[fastest]))
