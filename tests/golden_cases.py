@@ -11,6 +11,7 @@ import optax
 
 import optlab
 from optlab import layout
+from optlab.linalg import polar
 
 
 class Hyper(dict):
@@ -162,6 +163,21 @@ TRAJECTORIES: dict[str, Callable[[Hyper, str], optax.GradientTransformation]] = 
     "signum": _signum,
 }
 
+
+def _newton_schulz(h: Hyper, form: str) -> polar.NewtonSchulz:
+    arguments = {"eps": h.pop("eps"), "safety": h.pop("norm_safety", 1.0), "form": form}
+    if "precond" in h:
+        h.fixed(precond="aol")
+        # It clamps the row sum, we its root.
+        arguments |= {"normalization": "aol", "guard": "max", "eps": arguments["eps"] ** 0.5}
+    return polar.NewtonSchulz(h.pop("coeffs"), **arguments)
+
+
+# Cases of several schedules of an iteration: each has its own hyperparameters.
+ITERATIONS: dict[str, Callable[[Hyper, str], polar.NewtonSchulz]] = {
+    "polar_express": _newton_schulz,
+}
+
 # A schedule's JSON uses our own words: it is called with its parameters as they are.
 SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {"wsd": optlab.wsd}
 
@@ -185,6 +201,17 @@ def replay(case: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[list[An
         params = optax.apply_updates(params, updates)
         found.append(params)
     return found, state
+
+
+def iterations(case: dict[str, Any], form: str) -> dict[str, polar.NewtonSchulz]:
+    """Build every schedule of a case in the direct or the Gram form."""
+    build, found = _lookup(ITERATIONS, case["method"]), {}
+    for name, given in case["hyperparameters"].items():
+        hyper = Hyper(given)
+        found[name] = build(hyper, form)
+        if hyper:
+            raise NotImplementedError(f"{name}: unknown hyperparameters {sorted(hyper)}")
+    return found
 
 
 def schedule(case: dict[str, Any]) -> optax.Schedule:

@@ -4,13 +4,21 @@
 case whose method or hyperparameter is unknown fails by name.
 """
 
+import itertools
+
 import golden_cases
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from optlab.linalg.polar import svd_polar
 
 # Absolute, float32, on trajectories of 8 steps; the elementwise bound of the cases' own notes.
 TOLERANCE = 2e-6
 # Relative to the peak, float32.
 SCHEDULE_TOLERANCE = 1e-5
+# Absolute, on polar factors.
+POLAR_TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
 
 def pytest_generate_tests(metafunc):
@@ -22,7 +30,9 @@ def pytest_generate_tests(metafunc):
 
 def test_case_is_reproduced(path):
     case, arrays = golden_cases.load(path)
-    if arrays:
+    if case["method"] in golden_cases.ITERATIONS:
+        _check_polar_factors(case, arrays)
+    elif arrays:
         _check_trajectory(case, arrays)
     else:
         _check_schedule(case)
@@ -57,3 +67,43 @@ def _check_schedule(case):
     bound = SCHEDULE_TOLERANCE * np.abs(values).max()
     np.testing.assert_allclose(schedule(steps), values, rtol=0, atol=bound)
     np.testing.assert_allclose([schedule(int(t)) for t in steps], values, rtol=0, atol=bound)
+
+
+def _check_polar_factors(case, arrays):
+    inputs, expected, exact = (_cut(arrays, prefix) for prefix in ("in.", "out.", "svd."))
+    schedules = case["hyperparameters"]
+    assert expected.keys() == {f"{schedule}.{name}" for schedule in schedules for name in inputs}
+    for form, dtype in itertools.product(("direct", "gram"), POLAR_TOLERANCE):
+        with jax.enable_x64(dtype == "float64"):
+            for schedule, polar in golden_cases.iterations(case, form).items():
+                for name, x in inputs.items():
+                    found, label = polar(jnp.asarray(x, dtype)), f"{schedule}.{name}"
+                    assert found.dtype == dtype
+                    bound, what = _polar_tolerance(x, polar.table, dtype), f"{label}, {form}"
+                    np.testing.assert_allclose(
+                        found, expected[label], rtol=0, atol=bound, err_msg=f"{what}, {dtype}"
+                    )
+    for name in exact.keys() - {"rank1"}:  # a null space has no polar factor of its own
+        with jax.enable_x64(True):
+            found = svd_polar(jnp.asarray(inputs[name], "float64"))
+        np.testing.assert_allclose(found, exact[name], rtol=0, atol=POLAR_TOLERANCE["float64"])
+
+
+def _cut(arrays, prefix):
+    return {name[len(prefix) :]: x for name, x in arrays.items() if name.startswith(prefix)}
+
+
+def _polar_tolerance(x, table, dtype):
+    """A rank-deficient float32 input: rounding puts noise where nothing was, and steps raise it.
+
+    By the slope at zero, the product of the rows' a. Of the size of a rounding of the largest
+    entry this is 3e-5 for five steps; twelve (slope 78649) make it 2.5e-3.
+    """
+    values = np.linalg.svd(x, compute_uv=False)
+    if not values.any():
+        return 0.0
+    if dtype == "float64" or values[..., -1].min() > 1e-6 * values.max():
+        return POLAR_TOLERANCE[dtype]
+    slope = np.prod([a for a, _, _ in table])
+    noise = np.finfo("float32").eps * np.abs(x).max() / np.linalg.norm(x)
+    return slope * noise if slope > 1e4 else 1e-4

@@ -141,7 +141,7 @@ class NewtonSchulz:
         scale = None
         if first:
             r, scale = self._normalized(r)
-        eye = jnp.eye(r.shape[-1], dtype=r.dtype)
+        eye = jnp.expand_dims(jnp.eye(r.shape[-1], dtype=r.dtype), range(r.ndim - 2))
         q = z = self._polynomial(r, rows[0]) + rows[0][0] * eye
         for row in rows[1:]:
             r = self._product(self._product(z, r), z)
