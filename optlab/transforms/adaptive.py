@@ -1,6 +1,5 @@
 """Second-moment scalings that optax lacks."""
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optlab import _checks, _leafwise
-from optlab.transforms.momentum import with_previous_updates
+from optlab.transforms.momentum import correction, debias, with_previous_updates
 
 
 class ScaleByMomentsState(NamedTuple):
@@ -44,19 +43,6 @@ def _moments(name, make_leaf, mu_dtype, *, amsgrad=False, reads=()):
 
 def _lerp(decay: ArrayLike, old: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.add(decay * old, (1 - decay) * new)
-
-
-def _correction(decay: ArrayLike, count: jax.Array) -> jax.Array:
-    """Return 1 - decay^count."""
-    if isinstance(decay, int | float):
-        # 1 - 0.999 loses 13 bits of float32; its logarithm, taken in float64, loses none.
-        return -jnp.expm1(count * (math.log(decay) if decay else -math.inf))
-    return 1 - jnp.asarray(decay) ** count
-
-
-def _debias(decay: ArrayLike, count: jax.Array) -> jax.Array:
-    """Return 1/(1 - decay^count): to divide every entry by the scalar costs XLA on CPU more."""
-    return 1 / _correction(decay, count)
 
 
 @_checks.explain_calls
@@ -101,7 +87,7 @@ def scale_by_moments(
     _check_adam(name, b1, b2, mu_dtype, eps=eps)
 
     def make_leaf(count):
-        over_c1, over_c2 = (_debias(b, count) if bias_correction else 1.0 for b in (b1, b2))
+        over_c1, over_c2 = (debias(b, count) if bias_correction else 1.0 for b in (b1, b2))
 
         def leaf(path, g, mu, nu, p):
             del path, p
@@ -122,7 +108,7 @@ def rectification(b2: ArrayLike, count: jax.Array, *, threshold: float = 5.0):
     N_inf = 2/(1 - b2) - 1,  N_t = N_inf - 2 t b2^t/(1 - b2^t);  where N_t >= threshold,
     r_t = sqrt((N_t - 4)(N_t - 2) N_inf / ((N_inf - 4)(N_inf - 2) N_t)), else 1 and False.
     """
-    n_inf, remaining = 2 / (1 - b2) - 1, _correction(b2, count)
+    n_inf, remaining = 2 / (1 - b2) - 1, correction(b2, count)
     n = n_inf - 2 * count * (1 - remaining) / remaining
     tractable = n >= threshold
     safe = jnp.where(tractable, n, threshold)
@@ -182,7 +168,7 @@ def scale_by_belief(
     _check_adam(name, b1, b2, mu_dtype, eps=eps, eps_root=eps_root)
 
     def make_leaf(count):
-        over_c1, over_c2 = _debias(b1, count), _debias(b2, count)
+        over_c1, over_c2 = debias(b1, count), debias(b2, count)
         r, tractable = rectification(b2, count)
 
         def direction(mu, s):
@@ -252,7 +238,7 @@ def scale_by_friction(
     _check_adam(name, b1, b2, mu_dtype, eps=eps, eps_root=eps_root)
 
     def make_leaf(count):
-        over_c1, over_c2 = _debias(b1, count), _debias(b2, count)
+        over_c1, over_c2 = debias(b1, count), debias(b2, count)
         # Official: eps beside the uncorrected root, the corrections in front of the quotient.
         in_root, in_front = (1.0, over_c1 / jnp.sqrt(over_c2)) if official else (over_c2, over_c1)
 
