@@ -1,7 +1,9 @@
 """Composable gradient transformations for JAX: what networks are trained with after optax."""
 
 from optlab import layout
+from optlab.distributed.shardings import shardings_of, state_sharding
 from optlab.layout import MatrixView, describe
+from optlab.linalg import polar
 from optlab.recipes import (
     adabelief,
     adagrad_norm,
@@ -32,6 +34,7 @@ from optlab.transforms.momentum import (
     interpolate_momentum,
     with_previous_updates,
 )
+from optlab.transforms.orthogonalize import orthogonalize, plan
 from optlab.transforms.radial import normalize_and_project, project_radial, remove_radial
 from optlab.transforms.sign import apply_kappa, scale_by_lion_k, scale_by_sign_momentum
 from optlab.transforms.tree_norm import scale_by_adagrad_norm
@@ -65,6 +68,9 @@ __all__ = [
     "lion_k",
     "nap",
     "normalize_and_project",
+    "orthogonalize",
+    "plan",
+    "polar",
     "project_radial",
     "remove_radial",
     "scale_by_adagrad_norm",
@@ -79,7 +85,9 @@ __all__ = [
     "scale_by_trust_ratio",
     "sgd_sai",
     "sgdp",
+    "shardings_of",
     "signum",
+    "state_sharding",
     "with_previous_updates",
     "wsd",
 ]

@@ -4,7 +4,7 @@ A policy is a function ``(path, leaf) -> MatrixView | None``. Every method that 
 columns, channels, neurons or layers asks the policy it was given; none guesses on its own.
 """
 
-from optlab.layout.apply import bucketed, on_matrix
+from optlab.layout.apply import on_matrix
 from optlab.layout.policies import by_ndim, flax, output_first, per_head, rules, stacked
 from optlab.layout.routing import LeafRow, Routing, describe
 from optlab.layout.view import MatrixView, Policy, map_with_view, path_str, paths, role, view_of
@@ -14,7 +14,6 @@ __all__ = [
     "MatrixView",
     "Policy",
     "Routing",
-    "bucketed",
     "by_ndim",
     "describe",
     "flax",

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
+from optlab._text import aligned
 from optlab.layout.policies import flax
 from optlab.layout.view import MatrixView, Policy, path_str, role, view_of
 
@@ -79,7 +80,7 @@ class Routing:
             header += ["sharding"]
             for cells, row in zip(table, self.leaves, strict=True):
                 cells += [row.sharding or "-"]
-        return "\n".join([*_aligned([header, *table]), "", *self._totals()])
+        return "\n".join([*aligned([header, *table], {"state bytes"}), "", *self._totals()])
 
     __repr__ = __str__
 
@@ -203,15 +204,3 @@ def _sharding(leaf: Any) -> str:
 
 def _axes(axes: tuple[int, ...]) -> str:
     return f"({','.join(map(str, axes))})"
-
-
-def _aligned(table: list[list[str]]) -> Iterator[str]:
-    """Lay out rows of cells in columns, numbers to the right."""
-    right = {i for i, name in enumerate(table[0]) if name == "state bytes"}
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for cells in table:
-        padded = (
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        yield "  ".join(padded).rstrip()

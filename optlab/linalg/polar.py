@@ -7,7 +7,7 @@ f(X^T) = f(X)^T, and nothing is transposed in memory. A zero matrix gives zero.
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -83,13 +83,14 @@ class NewtonSchulz:
         if self.dtype is not None:
             wide = jnp.issubdtype(self.dtype, jnp.floating) and jnp.finfo(self.dtype).max > 1e30
             # The Gram matrix of an unscaled gradient overflows float16.
-            _check(wide, "dtype", "None, float32, float64 or bfloat16", self.dtype)
+            _check(bool(wide), "dtype", "None, float32, float64 or bfloat16", self.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the polar factors of (..., m, n), in the dtype of the iteration."""
         dtype = self.compute_dtype(x.dtype)
-        form = self._gram_form if self.uses_gram(*x.shape[-2:], dtype) else self._direct_form
-        return form(x.astype(dtype), wide=x.shape[-2] <= x.shape[-1])
+        rows, cols = x.shape[-2:]
+        form = self._gram_form if self.uses_gram(rows, cols, dtype) else self._direct_form
+        return form(x.astype(dtype), wide=rows <= cols)
 
     def compute_dtype(self, dtype: DTypeLike) -> jnp.dtype:
         """Return the dtype of the iteration for an input of `dtype`."""
@@ -204,7 +205,7 @@ def _size(r: jax.Array, normalization: str) -> jax.Array:
     return jnp.sqrt(jnp.trace(r, axis1=-2, axis2=-1))[..., None]
 
 
-def keller(steps: int = 5, **options) -> NewtonSchulz:
+def keller(steps: int = 5, **options: Any) -> NewtonSchulz:
     """Keller Jordan's quintic, the same row at every step: Muon's own.
 
     Values in [0.01, 1] of the normalized matrix come out in [0.68, 1.14], those from 0.001 in
@@ -213,12 +214,12 @@ def keller(steps: int = 5, **options) -> NewtonSchulz:
     return NewtonSchulz(coefficients.repeated(coefficients.KELLER, steps), **options)
 
 
-def you(steps: int = 5, **options) -> NewtonSchulz:
+def you(steps: int = 5, **options: Any) -> NewtonSchulz:
     """Jiacheng You's table: [0.01, 1] to [0.97, 1.04], [0.001, 1] to [0.47, 1.15]; slope 493."""
     return NewtonSchulz(coefficients.repeated(coefficients.YOU, steps), **options)
 
 
-def polar_express(steps: int = 6, *, safety: float = 1.01, **options) -> NewtonSchulz:
+def polar_express(steps: int = 6, *, safety: float = 1.01, **options: Any) -> NewtonSchulz:
     """Polar Express: in every step the best quintic for values from 0.001.
 
     [0.001, 1] comes out in [0.84, 1.13] after 5 steps, [0.993, 1.002] after 6, 1 to 1e-5 after 8.
@@ -229,32 +230,33 @@ def polar_express(steps: int = 6, *, safety: float = 1.01, **options) -> NewtonS
     return NewtonSchulz(table, safety=safety, **options)
 
 
-def polar_express_cushion(**options) -> NewtonSchulz:
+def polar_express_cushion(**options: Any) -> NewtonSchulz:
     """Polar Express tuned for five steps, as nanochat and Dion ship it: [0.001, 1] to [0.85, 1.15].
 
     The table has its safety inside; the norm gets 2 %.
     """
-    return NewtonSchulz(coefficients.POLAR_EXPRESS_CUSHION, **({"safety": 1.02} | options))
+    options.setdefault("safety", 1.02)
+    return NewtonSchulz(coefficients.POLAR_EXPRESS_CUSHION, **options)
 
 
-def turbo(steps: int = 4, **options) -> NewtonSchulz:
+def turbo(steps: int = 4, **options: Any) -> NewtonSchulz:
     """Four steps after AOL's scaling, which brings the values nearer to 1 than a norm does.
 
     Values in [0.01, 1] of the scaled matrix come out in [0.94, 1.05], those from 0.001 in
     [0.14, 1.05]. The polar factor is that of the scaled matrix.
     """
-    table = coefficients.repeated(coefficients.TURBO, steps)
-    return NewtonSchulz(table, **({"normalization": "aol", "guard": "max"} | options))
+    options = {"normalization": "aol", "guard": "max", **options}
+    return NewtonSchulz(coefficients.repeated(coefficients.TURBO, steps), **options)
 
 
-def cans(steps: int = 9, *, lower: float = 1e-3, **options) -> NewtonSchulz:
+def cans(steps: int = 9, *, lower: float = 1e-3, **options: Any) -> NewtonSchulz:
     """Chebyshev-accelerated cubics: in every step the best a x + b x^3 for what is left.
 
     [lower, 1] comes out in [0.998, 1.002] after 9 steps for lower = 0.001. A step has no n x n
     product, which pays for nearly square matrices on hardware that is slow on small ones.
     """
-    table = coefficients.cubic_minimax(lower, steps)
-    return NewtonSchulz(table, **({"normalization": "schatten"} | options))
+    options.setdefault("normalization", "schatten")
+    return NewtonSchulz(coefficients.cubic_minimax(lower, steps), **options)
 
 
 def svd_polar(x: jax.Array) -> jax.Array:

@@ -1,0 +1,149 @@
+"""Functions of whole matrices applied to trees of sharded leaves, as a plan says."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
+
+from optlab.distributed import buckets, cost, plan, schemes
+from optlab.layout.apply import close_leaf, open_leaf
+
+Leaves = list[Any]
+
+
+def map_matrices(
+    name: str, leaves: Sequence[tuple[str, Any]], shardings: Any, options: plan.Options
+) -> Leaves:
+    """Return the leaves with `options.polar` applied to every matrix; others as they are.
+
+    The function sees stacks (L, m, n) of whole matrices, wherever their parts lie. It must treat
+    each by itself, whatever the order of its rows and columns, and satisfy f(X^T) = f(X)^T.
+    """
+    out = [leaf for _, leaf in leaves]
+    groups = plan.make(name, leaves, shardings, options).groups
+    for position, planned in enumerate(groups):
+        held = [out[b.index] for b in planned.group.blocks]
+        # One group at a time, so that its stack is gone when the next one is built; on a mesh two,
+        # so that the exchange of one can overlap the products of the other.
+        behind = position - (1 if planned.group.placement is None else 2)
+        if behind >= 0:
+            before = groups[behind].group.blocks[0].index
+            *held, out[before] = jax.lax.optimization_barrier((*held, out[before]))
+        for b, leaf in zip(planned.group.blocks, _run(planned, held, options), strict=True):
+            out[b.index] = leaf
+    return out
+
+
+def _run(planned: plan.Planned, leaves: Leaves, options: plan.Options) -> Leaves:
+    group = planned.group
+    dtype = options.stack_dtype(group.blocks[0].dtype)
+    team = schemes.team_of(group)
+
+    def body(*parts):
+        stack, close_all = _stacked(group, parts, dtype)
+        done = [schemes.run(s, stack, options.polar, team, planned.chunk) for s in planned.steps]
+        done = done[0] if len(done) == 1 else jnp.concatenate(done)
+        return tuple(close_all(done))
+
+    return list(_mapped(group, body, [_partition(b) for b in group.blocks])(*leaves))
+
+
+def matrix_values(
+    name: str,
+    fn: Callable[[jax.Array], jax.Array],
+    leaves: Sequence[tuple[str, Any]],
+    shardings: Any,
+    options: plan.Options,
+) -> Leaves:
+    """Return fn(matrix), a number, for every matrix: arrays of the batch axes of each leaf.
+
+    None stands for a leaf without a view.
+    """
+    out: Leaves = [None] * len(leaves)
+    for planned in plan.make(name, leaves, shardings, options).groups:
+        group = planned.group
+        itemsize = options.stack_dtype(group.blocks[0].dtype).itemsize
+        work = cost.work_of(group, options.polar, itemsize, returns_matrices=False)
+        steps = cost.choose(work, group.count, options.scheme, options.costs)
+        held = [leaves[b.index][1] for b in group.blocks]
+        for b, values in zip(group.blocks, _measure(group, steps, held, fn, options), strict=True):
+            out[b.index] = values
+    return out
+
+
+def _measure(
+    group: buckets.Group,
+    steps: tuple[cost.Step, ...],
+    leaves: Leaves,
+    fn: Callable,
+    options: plan.Options,
+) -> Leaves:
+    dtype, team = options.stack_dtype(group.blocks[0].dtype), schemes.team_of(group)
+
+    def body(*parts):
+        stack, _ = _stacked(group, parts, dtype)
+        done = jnp.concatenate([schemes.measure(s, stack, fn, team) for s in steps])
+        values, start = [], 0
+        for b, part in zip(group.blocks, parts, strict=True):
+            shape = tuple(part.shape[axis] for axis in b.groups[0])
+            values.append(done[start : start + b.count].reshape(shape))
+            start += b.count
+        return tuple(values)
+
+    specs = [_batch_partition(b) for b in group.blocks]
+    return [_everywhere(v) for v in _mapped(group, body, specs)(*leaves)]
+
+
+def _stacked(
+    group: buckets.Group, parts: Sequence[jax.Array], dtype: Any
+) -> tuple[jax.Array, Callable]:
+    """Stack one device's parts of the leaves; return what takes a stack apart again, too."""
+    pieces, matrices = [], []
+    for b, part in zip(group.blocks, parts, strict=True):
+        piece = open_leaf(part, b.groups)
+        pieces.append(piece)
+        x = piece.matrices.astype(dtype)
+        matrices.append(x.mT if b.swapped and not group.tall else x)
+
+    def close_all(stack):
+        start = 0
+        for b, piece in zip(group.blocks, pieces, strict=True):
+            x = stack[start : start + b.count] if len(pieces) > 1 else stack
+            start += b.count
+            x = x.mT if b.swapped and not group.tall else x
+            yield close_leaf(x.astype(piece.leaf.dtype), piece)
+
+    return (matrices[0] if len(matrices) == 1 else jnp.concatenate(matrices)), close_all
+
+
+def _mapped(group: buckets.Group, body: Callable, out_specs: list[PartitionSpec]) -> Callable:
+    where = group.placement
+    if where is None:
+        return body
+    return jax.shard_map(
+        body,
+        mesh=where.mesh,
+        in_specs=tuple(_partition(b) for b in group.blocks),
+        out_specs=tuple(out_specs),
+        axis_names=set(where.axes),
+        check_vma=False,  # sums over teams of an axis have no rule
+    )
+
+
+def _partition(b: buckets.Block) -> PartitionSpec:
+    return b.placement.partition if b.placement else PartitionSpec()
+
+
+def _batch_partition(b: buckets.Block) -> PartitionSpec:
+    spec = _partition(b)
+    return PartitionSpec(*(spec[axis] for axis in b.groups[0])) if b.placement else spec
+
+
+def _everywhere(values: jax.Array) -> jax.Array:
+    """Return the values replicated, in their type too."""
+    sharding = jax.typeof(values).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types or all(s is None for s in sharding.spec):
+        return values
+    return reshard(values, NamedSharding(sharding.mesh, PartitionSpec()))

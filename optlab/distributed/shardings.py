@@ -1,0 +1,189 @@
+"""Where leaves lie: shardings of parameters, of optimizer state, and what a leaf's placement is."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
+
+from optlab import layout as _layout
+
+
+def shardings_of(params: Any) -> Any:
+    """Return the sharding of every leaf, to be passed to `orthogonalize` and the recipes.
+
+    Inside `jax.jit` an array on an Auto mesh does not know its sharding, so an optimizer that moves
+    matrices between devices has to be told: `optlab.muon(1e-2, shardings=shardings_of(params))`.
+    On an Explicit mesh, JAX's default, types carry the shardings and nothing need be passed.
+
+    Args:
+      params: arrays, or `jax.ShapeDtypeStruct`s with shardings, in any tree; boxes of Flax are
+        looked into.
+
+    Returns:
+      A tree of the same structure with a `jax.sharding.Sharding` for every leaf.
+
+    Raises:
+      ValueError: a leaf traced on an Auto mesh, by name.
+
+    Example:
+      >>> import jax.numpy as jnp, optlab
+      >>> shardings = optlab.shardings_of({"kernel": jnp.ones((2, 2))})
+      >>> print(type(shardings["kernel"]).__name__)
+      SingleDeviceSharding
+    """
+    return jax.tree_util.tree_map_with_path(_sharding_of, params)
+
+
+def _sharding_of(key_path: Any, leaf: Any) -> Sharding:
+    if isinstance(leaf, jax.core.Tracer):
+        sharding = jax.typeof(leaf).sharding
+        if AxisType.Explicit not in sharding.mesh.axis_types:
+            raise ValueError(
+                f"shardings_of: leaf '{_layout.path_str(key_path)}' is traced, and its mesh is not "
+                "Explicit. Call it on the arrays themselves, outside jit."
+            )
+        return sharding
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if sharding is not None else SingleDeviceSharding(jax.devices()[0])
+
+
+def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any = None) -> Any:
+    """Return the sharding that every array of `tx.init(params)` should have.
+
+    A state array with the shape of its parameter gets the parameter's sharding, all else is
+    replicated over the mesh. Use it as `out_shardings` of `jax.jit(tx.init)`, or to place a
+    restored checkpoint. Chains, masks, `optax.partition` and `optax.MultiSteps` are followed.
+
+    Args:
+      tx: any transformation that `optax.tree.map_params` can work with.
+      params: arrays, or `jax.ShapeDtypeStruct`s.
+      shardings: of the parameters; None for `shardings_of(params)`.
+
+    Returns:
+      A tree with the structure of the state and a sharding for every array.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optlab
+      >>> params = {"kernel": jnp.ones((4, 2))}
+      >>> tx = optlab.lion(1e-3)
+      >>> out = optlab.state_sharding(tx, params)
+      >>> state = jax.jit(tx.init, out_shardings=out)(params)
+    """
+    shardings = shardings_of(params) if shardings is None else shardings
+    shapes = jax.eval_shape(lambda tree: tree, params)
+    leaves = jax.tree.leaves(shardings, is_leaf=_is_sharding)
+    meshes = [leaf.mesh for leaf in leaves if isinstance(leaf, NamedSharding)]
+    elsewhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else next(iter(leaves), None)
+
+    def of_param(leaf: Any, shape: Any, sharding: Sharding) -> Any:
+        if isinstance(leaf, optax.MaskedNode):
+            return leaf
+        return sharding if leaf.shape == shape.shape else elsewhere
+
+    return optax.tree.map_params(
+        tx.init,
+        of_param,
+        jax.eval_shape(tx.init, params),
+        shapes,
+        shardings,
+        transform_non_params=lambda _: elsewhere,
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+    )
+
+
+def _is_sharding(x: Any) -> bool:
+    return isinstance(x, Sharding)
+
+
+class Placement(NamedTuple):
+    """How one leaf lies on a mesh."""
+
+    mesh: Mesh | AbstractMesh
+    spec: tuple[tuple[str, ...], ...]  # the mesh axes of every axis of the leaf
+    axes: tuple[str, ...]  # the mesh axes that are ours to work with
+
+    def size(self, axes: tuple[str, ...]) -> int:
+        """Return the number of devices along some axes."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    @property
+    def replicated(self) -> tuple[str, ...]:
+        """The axes along which every device holds the same."""
+        used = {axis for axes in self.spec for axis in axes}
+        return tuple(a for a in self.axes if a not in used and self.mesh.shape[a] > 1)
+
+    @property
+    def partition(self) -> PartitionSpec:
+        """The spec as JAX writes it."""
+        return PartitionSpec(*(axes or None for axes in self.spec))
+
+
+def by_path(name: str, shardings: Any) -> dict[str, Sharding] | None:
+    """Return the shardings under the paths of their leaves; None stays None."""
+    if shardings is None:
+        return None
+    keyed, _ = jax.tree_util.tree_flatten_with_path(shardings, is_leaf=_is_sharding)
+    for key_path, leaf in keyed:
+        if not _is_sharding(leaf):
+            raise TypeError(
+                f"{name}: shardings must hold a jax.sharding.Sharding for every leaf, got {leaf!r} "
+                f"at '{_layout.path_str(key_path)}'. Write optlab.shardings_of(params)."
+            )
+    return {_layout.path_str(key_path): leaf for key_path, leaf in keyed}
+
+
+def placement_of(
+    name: str, path: str, leaf: Any, known: dict[str, Sharding] | None
+) -> Placement | None:
+    """Return how a leaf lies, from `known` or from its type; None: on one device, or not known."""
+    sharding = _known_sharding(name, path, leaf, known)
+    if not isinstance(sharding, NamedSharding):
+        return None
+    mesh, kinds = sharding.mesh, sharding.mesh.axis_types
+    ours = mesh.axis_names
+    if known is None:
+        ours = tuple(a for a, k in zip(ours, kinds, strict=True) if k == AxisType.Explicit)
+    # Inside a shard_map its axes are out of sight: a leaf is what one device holds.
+    context = jax.sharding.get_abstract_mesh()
+    if context.manual_axes:
+        ours, mesh = tuple(a for a in ours if a not in context.manual_axes), context
+    if not ours:
+        return None
+    return _checked(name, path, leaf, Placement(mesh, _spec(sharding.spec, leaf.ndim, ours), ours))
+
+
+def _known_sharding(name: str, path: str, leaf: Any, known: dict[str, Sharding] | None) -> Sharding:
+    if known is None:
+        return jax.typeof(leaf).sharding
+    if path not in known:
+        raise ValueError(
+            f"{name}: shardings has no leaf '{path}', it has {sorted(known)[:3]}. "
+            "Call optlab.shardings_of on the very parameters that init is given."
+        )
+    return known[path]
+
+
+def _spec(spec: PartitionSpec, ndim: int, ours: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    entries = [e if isinstance(e, tuple) else (e,) for e in spec] + [()] * (ndim - len(spec))
+    return tuple(tuple(a for a in entry if a in ours) for entry in entries)
+
+
+def _checked(name: str, path: str, leaf: Any, placement: Placement) -> Placement:
+    for axis, (length, axes) in enumerate(zip(leaf.shape, placement.spec, strict=True)):
+        if length % placement.size(axes):
+            raise ValueError(
+                f"{name}: shardings cut axis {axis} of leaf '{path}' of shape {leaf.shape} into "
+                f"{placement.size(axes)} parts, which do not come out even. "
+                "Call optlab.shardings_of on the very parameters that init is given."
+            )
+    return placement
