@@ -9,7 +9,7 @@ Row = tuple[float, float, float]
 Table = tuple[Row, ...]
 
 KELLER: Table = ((3.4445, -4.7750, 2.0315),)
-"""One row for every step: steep at zero, and content with values of 0.68 to 1.13 (Jordan 2024)."""
+"""One row for every step: steep at zero, and content with values of 0.68 to 1.14 (Jordan 2024)."""
 
 YOU: Table = (
     (4.0848, -6.8946, 2.9270),
