@@ -83,7 +83,8 @@ class NewtonSchulz:
         must = f"increasing step numbers in [1, {len(self.table) - 1}]"
         _check(inside and increasing, "restarts", must, self.restarts)
         if self.dtype is not None:
-            wide = jnp.issubdtype(self.dtype, jnp.floating) and jnp.finfo(self.dtype).max > 1e30
+            wide = jnp.issubdtype(self.dtype, jnp.floating)
+            wide = wide and float(jnp.finfo(self.dtype).max) > 1e30
             # The Gram matrix of an unscaled gradient overflows float16.
             _check(bool(wide), "dtype", "None, float32, float64 or bfloat16", self.dtype)
 
@@ -187,10 +188,9 @@ class NewtonSchulz:
 
     def _guarded(self, size: jax.Array) -> jax.Array:
         size = self.safety * size
-        if self.guard == "add" and self.eps:
-            return size + self.eps
-        # A zero matrix stays zero for eps = 0 too.
-        return jnp.maximum(size, self.eps or jnp.finfo(size.dtype).tiny)
+        size = size + self.eps if self.guard == "add" else jnp.maximum(size, self.eps)
+        # Smaller norms have lost their squares. A zero matrix stays zero for eps = 0 too.
+        return jnp.maximum(size, float(jnp.finfo(size.dtype).tiny) ** 0.5)
 
 
 _NORMS = ("frobenius", "schatten", "aol")
@@ -259,7 +259,9 @@ def cans(steps: int = 9, *, lower: float = 1e-3, **options: Any) -> NewtonSchulz
     """Chebyshev-accelerated cubics: in every step the best a x + b x^3 for what is left.
 
     [lower, 1] comes out in [0.997, 1.003] after 9 steps for lower = 0.001. A step has no n x n
-    product, which pays for nearly square matrices on hardware that is slow on small ones.
+    product, which pays for nearly square matrices on hardware that is slow on small ones. The first
+    ones send the largest values down to the smallest, so rounding grows by up to 1 / lower: not for
+    bfloat16.
     """
     options.setdefault("normalization", "schatten")
     return NewtonSchulz(coefficients.cubic_minimax(lower, steps), **options)
