@@ -14,7 +14,9 @@ from optlab.recipes import (
     lars,
     lion,
     lion_k,
+    muon,
     nap,
+    normuon,
     sgd_sai,
     sgdp,
     signum,
@@ -29,13 +31,16 @@ from optlab.transforms.adaptive import (
 )
 from optlab.transforms.decay import add_cautious_decay, decay_after_update
 from optlab.transforms.momentum import (
+    debiased_ema,
     ema_from_first,
     heavy_ball,
     interpolate_momentum,
     with_previous_updates,
 )
+from optlab.transforms.neurons import normalize_neurons
 from optlab.transforms.orthogonalize import orthogonalize, plan
 from optlab.transforms.radial import normalize_and_project, project_radial, remove_radial
+from optlab.transforms.shape_scale import scale_by_shape
 from optlab.transforms.sign import apply_kappa, scale_by_lion_k, scale_by_sign_momentum
 from optlab.transforms.tree_norm import scale_by_adagrad_norm
 from optlab.transforms.trust_ratio import (
@@ -54,6 +59,7 @@ __all__ = [
     "add_cautious_decay",
     "allora",
     "apply_kappa",
+    "debiased_ema",
     "decay_after_update",
     "describe",
     "diffgrad",
@@ -66,8 +72,11 @@ __all__ = [
     "layout",
     "lion",
     "lion_k",
+    "muon",
     "nap",
     "normalize_and_project",
+    "normalize_neurons",
+    "normuon",
     "orthogonalize",
     "plan",
     "polar",
@@ -81,6 +90,7 @@ __all__ = [
     "scale_by_inverse_row_norm",
     "scale_by_lion_k",
     "scale_by_moments",
+    "scale_by_shape",
     "scale_by_sign_momentum",
     "scale_by_trust_ratio",
     "sgd_sai",

@@ -2,6 +2,7 @@
 
 from optlab.recipes.elementwise import adabelief, adagrad_norm, diffgrad
 from optlab.recipes.layerwise import allora, lamb, lars, sgd_sai
+from optlab.recipes.orthogonal import muon, normuon
 from optlab.recipes.radial import adamp, nap, sgdp
 from optlab.recipes.sign import lion, lion_k, signum
 
@@ -15,7 +16,9 @@ __all__ = [
     "lars",
     "lion",
     "lion_k",
+    "muon",
     "nap",
+    "normuon",
     "sgd_sai",
     "sgdp",
     "signum",

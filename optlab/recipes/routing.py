@@ -1,0 +1,72 @@
+"""Which leaves a matrix method takes, and the optimizer of the others."""
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import jax
+import optax
+from jax.typing import DTypeLike
+
+from optlab import _checks, _leafwise
+from optlab import layout as _layout
+from optlab.transforms.adaptive import scale_by_moments
+from optlab.transforms.decay import add_decay
+
+FALLBACK = "fallback"
+
+
+def by_role(
+    name: str,
+    methods: Mapping[str, optax.GradientTransformation],
+    fallback: optax.GradientTransformation,
+    layout: _layout.Policy,
+) -> optax.GradientTransformationExtraArgs:
+    """Give every leaf to the method of its role in `layout`, or to `fallback`."""
+    _checks.check_callable(name, layout=layout)
+    _checks.check_transform(name, FALLBACK, fallback)
+
+    def labels(tree: Any) -> Any:
+        def label(key_path: Any, leaf: Any) -> str:
+            role = _layout.role(_layout.path_str(key_path), leaf, layout)
+            return role if role in methods else FALLBACK
+
+        return jax.tree_util.tree_map_with_path(label, tree)
+
+    known: dict[Hashable, Any] = {**methods, FALLBACK: fallback}
+    routed = optax.partition(known, labels)
+
+    def init(params):
+        _leafwise.check_tree(name, params)
+        return routed.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, routed.update)
+
+
+def adamw(
+    name: str,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: Any,
+    weight_decay_mask: _leafwise.Mask,
+    mu_dtype: DTypeLike | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Return the default for leaves that are no matrices: AdamW as Muon's released code has it."""
+    return optax.chain(
+        scale_by_moments(0.9, 0.95, 1e-10, mu_dtype=mu_dtype),
+        add_decay(name, weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def rate_of_fallback(
+    name: str,
+    learning_rate: optax.ScalarOrSchedule,
+    given: optax.ScalarOrSchedule | None,
+    ratio: float,
+) -> optax.ScalarOrSchedule:
+    """Return the fallback's rate: the given one, or a fixed share of the matrices'."""
+    if given is not None:
+        _checks.check_nonnegative(name, fallback_learning_rate=given, schedule=True)
+        return given
+    if callable(learning_rate):
+        return lambda step: ratio * learning_rate(step)
+    return ratio * learning_rate
