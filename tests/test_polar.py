@@ -139,8 +139,9 @@ def test_scale_does_not_matter(name, spectrum, seed, exponent):
 
 @each_method
 def test_batch_equals_one_by_one(name):
-    xs = [log_spaced(10)[0], matrix([0.5])[0], np.zeros((ROWS, COLS)), log_spaced(100, seed=7)[0]]
-    batch = in_float32(METHODS[name], np.reshape(xs, (2, 2, ROWS, COLS)))
+    x, other = log_spaced(10)[0], log_spaced(100, seed=7)[0]
+    xs = [x, matrix([0.5])[0], 0 * x, other, 1e15 * x, 1e-30 * x]
+    batch = in_float32(METHODS[name], np.reshape(xs, (2, 3, ROWS, COLS)))
     one_by_one = np.reshape([in_float32(METHODS[name], x) for x in xs], batch.shape)
     np.testing.assert_allclose(batch, one_by_one, rtol=0, atol=2e-5)
 

@@ -292,7 +292,6 @@ def eigh_polar(x: jax.Array) -> jax.Array:
     values, vectors = jnp.linalg.eigh(g)
     cutoff = max(x.shape[-2:]) * jnp.finfo(x.dtype).eps * values[..., -1:]
     roots = jnp.where(values > cutoff, jax.lax.rsqrt(jnp.maximum(values, cutoff)), 0)
-    roots = jnp.where(values > 0, roots, 0)
     inverse = jnp.matmul(vectors * roots[..., None, :], vectors.mT, **high)
     return jnp.matmul(inverse, x, **high) if wide else jnp.matmul(x, inverse, **high)
 
