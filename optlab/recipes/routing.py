@@ -1,6 +1,6 @@
 """Which leaves a matrix method takes, and the optimizer of the others."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -20,26 +20,31 @@ def by_role(
     methods: Mapping[str, optax.GradientTransformation],
     fallback: optax.GradientTransformation,
     layout: _layout.Policy,
+    label_of: Callable[[str], str] = str,
 ) -> optax.GradientTransformationExtraArgs:
-    """Give every leaf to the method of its role in `layout`, or to `fallback`."""
+    """Give every leaf to the method under `label_of` its role in `layout`, or to `fallback`."""
     _checks.check_callable(name, layout=layout)
     _checks.check_transform(name, FALLBACK, fallback)
 
-    def labels(tree: Any) -> Any:
-        def label(key_path: Any, leaf: Any) -> str:
-            role = _layout.role(_layout.path_str(key_path), leaf, layout)
-            return role if role in methods else FALLBACK
-
-        return jax.tree_util.tree_map_with_path(label, tree)
+    def label(key_path: Any, leaf: Any) -> str:
+        found = label_of(_layout.role(_layout.path_str(key_path), leaf, layout))
+        return found if found in methods else FALLBACK
 
     known: dict[Hashable, Any] = {**methods, FALLBACK: fallback}
-    routed = optax.partition(known, labels)
+
+    def routed(tree: Any) -> optax.GradientTransformationExtraArgs:
+        return optax.partition(known, jax.tree_util.tree_map_with_path(label, tree))
 
     def init(params):
         _leafwise.check_tree(name, params)
-        return routed.init(params)
+        return routed(params).init(params)
 
-    return optax.GradientTransformationExtraArgs(init, routed.update)
+    def update(updates, state, params=None, **extra_args):
+        # A missing gradient has no role: ask the parameters, where there are any.
+        seen = updates if params is None else params
+        return routed(seen).update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def adamw(
