@@ -15,6 +15,11 @@ from optlab.transforms.decay import add_decay
 FALLBACK = "fallback"
 
 
+def _is_box(x: Any) -> bool:
+    """Tell whether `x` is a box of Linen's, which has to go with its leaf and not stay empty."""
+    return callable(getattr(x, "unbox", None))
+
+
 def by_role(
     name: str,
     methods: Mapping[str, optax.GradientTransformation],
@@ -27,13 +32,15 @@ def by_role(
     _checks.check_transform(name, FALLBACK, fallback)
 
     def label(key_path: Any, leaf: Any) -> str:
+        leaf = leaf.unbox() if _is_box(leaf) else leaf
         found = label_of(_layout.role(_layout.path_str(key_path), leaf, layout))
         return found if found in methods else FALLBACK
 
     known: dict[Hashable, Any] = {**methods, FALLBACK: fallback}
 
     def routed(tree: Any) -> optax.GradientTransformationExtraArgs:
-        return optax.partition(known, jax.tree_util.tree_map_with_path(label, tree))
+        labels = jax.tree_util.tree_map_with_path(label, tree, is_leaf=_is_box)
+        return optax.partition(known, labels)
 
     def init(params):
         _leafwise.check_tree(name, params)

@@ -187,7 +187,7 @@ def noise_multipliers(
     member = np.array([order[label] for label in groups], int)
     offset = alpha**2 + noise
     inside = present & np.equal.outer(np.arange(len(order)), member)
-    least = jnp.min(jnp.where(inside, offset[None, :], jnp.inf), axis=1)
+    least = jnp.min(jnp.where(inside, offset[None, :], jnp.inf), axis=1, initial=jnp.inf)
     # a/max a is the root of this quotient; sqrt(sqrt(x)) is cheaper than a power.
     return jnp.sqrt(jnp.sqrt(safe_divide(least[member], offset, 1.0)))
 
