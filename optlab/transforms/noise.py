@@ -102,10 +102,11 @@ def _labels(name: str, groups: Groups, tree: Any) -> Any:
     try:
         return jax.tree.broadcast(groups, tree)
     except ValueError as error:
+        ours, theirs = (jax.tree.leaves(_layout.paths(t))[:3] for t in (groups, tree))
         raise ValueError(
-            f"{name}: groups is no prefix of the parameter tree ({error}). "
-            "Give a label per leaf or subtree, or a function (path, leaf) -> label."
-        ) from None
+            f"{name}: groups is no prefix of the parameter tree: it has the leaves {ours}, the "
+            f"parameters {theirs}. Give a label per leaf or subtree, or a function (path, leaf)."
+        ) from error
 
 
 def _measured(
