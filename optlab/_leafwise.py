@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental.shard_alike import shard_alike
 
 from optlab import _checks
 from optlab import layout as _layout
@@ -38,10 +37,13 @@ def increment(count: jax.Array) -> jax.Array:
 def zeros_like(p: jax.Array, dtype: Any = None) -> jax.Array:
     """Return zeros of a parameter's shape and sharding, also under `jax.jit` on an Auto mesh."""
     zeros = jnp.zeros_like(p, dtype=dtype)
-    if isinstance(p, jax.core.Tracer):
-        # A constant has no sharding of its own: without the tie, GSPMD replicates it.
-        _, zeros = shard_alike(p, zeros)
-    return zeros
+    if not isinstance(p, jax.core.Tracer):
+        return zeros
+    # A constant has no sharding of its own and would be replicated; what is chosen elementwise
+    # between it and the parameter has the parameter's. `shard_alike` of jax 0.10.2 will not do: it
+    # puts all leaves of one shape and dtype into one group, and gives them one sharding.
+    never = jax.lax.optimization_barrier(False)
+    return jax.lax.select(never, p.astype(zeros.dtype), zeros)
 
 
 def require_params(name: str, params: Any) -> None:
