@@ -22,32 +22,42 @@ def map_matrices(
     each by itself, whatever the order of its rows and columns, and satisfy f(X^T) = f(X)^T.
     """
     out = [leaf for _, leaf in leaves]
-    groups = plan.make(name, leaves, shardings, options).groups
-    for position, planned in enumerate(groups):
-        held = [out[b.index] for b in planned.group.blocks]
+    tokens: list[jax.Array] = []
+    for planned in plan.make(name, leaves, shardings, options).groups:
         # One group at a time, so that its stack is gone when the next one is built; on a mesh two,
         # so that the exchange of one can overlap the products of the other.
-        behind = position - (1 if planned.group.placement is None else 2)
-        if behind >= 0:
-            before = groups[behind].group.blocks[0].index
-            *held, out[before] = jax.lax.optimization_barrier((*held, out[before]))
-        for b, leaf in zip(planned.group.blocks, _run(planned, held, options), strict=True):
+        ahead = 1 if planned.group.placement is None else 2
+        before = tokens[-ahead : len(tokens) - ahead + 1] if len(tokens) >= ahead else []
+        held = [out[b.index] for b in planned.group.blocks]
+        token, *results = _run(planned, before, held, options)
+        tokens.append(token)
+        for b, leaf in zip(planned.group.blocks, results, strict=True):
             out[b.index] = leaf
     return out
 
 
-def _run(planned: plan.Planned, leaves: Leaves, options: plan.Options) -> Leaves:
+def _run(planned: plan.Planned, before: Leaves, leaves: Leaves, options: plan.Options) -> Leaves:
+    """Return a number per device that is there when the group is done, and its leaves.
+
+    `before` holds such numbers of groups to wait for. The stack waits, not the leaves: what makes
+    them, as a momentum does, can then be fused with the stacking.
+    """
     group = planned.group
     dtype = options.stack_dtype(group.blocks[0].dtype)
     team = schemes.team_of(group)
 
-    def body(*parts):
+    def body(before, *parts):
         stack, close_all = _stacked(group, parts, dtype)
+        stack, _ = jax.lax.optimization_barrier((stack, before)) if before else (stack, before)
         done = [schemes.run(s, stack, options.polar, team, planned.chunk) for s in planned.steps]
         done = done[0] if len(done) == 1 else jnp.concatenate(done)
-        return tuple(close_all(done))
+        return done[:1, 0, 0], *close_all(done)
 
-    return list(_mapped(group, body, [_partition(b) for b in group.blocks])(*leaves))
+    specs = [_partition(b) for b in group.blocks]
+    each = PartitionSpec(group.placement.axes if group.placement else None)
+    return list(
+        _mapped(group, body, [[each] * len(before), *specs], [each, *specs])(before, *leaves)
+    )
 
 
 def matrix_values(
@@ -92,8 +102,9 @@ def _measure(
             start += b.count
         return tuple(values)
 
-    specs = [_batch_partition(b) for b in group.blocks]
-    return [_everywhere(v) for v in _mapped(group, body, specs)(*leaves)]
+    in_specs = [_partition(b) for b in group.blocks]
+    out_specs = [_batch_partition(b) for b in group.blocks]
+    return [_everywhere(v) for v in _mapped(group, body, in_specs, out_specs)(*leaves)]
 
 
 def _stacked(
@@ -118,14 +129,14 @@ def _stacked(
     return (matrices[0] if len(matrices) == 1 else jnp.concatenate(matrices)), close_all
 
 
-def _mapped(group: buckets.Group, body: Callable, out_specs: list[PartitionSpec]) -> Callable:
+def _mapped(group: buckets.Group, body: Callable, in_specs: list, out_specs: list) -> Callable:
     where = group.placement
     if where is None:
         return body
     return jax.shard_map(
         body,
         mesh=where.mesh,
-        in_specs=tuple(_partition(b) for b in group.blocks),
+        in_specs=tuple(in_specs),
         out_specs=tuple(out_specs),
         axis_names=set(where.axes),
         check_vma=False,  # sums over teams of an axis have no rule

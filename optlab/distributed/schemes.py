@@ -76,9 +76,9 @@ def _whole(step: Step, x: jax.Array, fn: PolarFn, team: Team) -> jax.Array:
     count = len(x)
     x = _my_share(_padded(x, team.size * step.replicas), step, team)
     if team.size > 1:
-        x = _restore(fn(_exchange(x, team, 1)).astype(x.dtype), x.shape, team, 1)
+        x = _restore(fn(_exchange(x, team, 1)), x.shape, team, 1)
     else:
-        x = fn(x).astype(x.dtype)
+        x = fn(x)
     if step.replicas > 1:
         x = jax.lax.all_gather(x, team.replicated, axis=0, tiled=True)
     return x[:count]
@@ -152,18 +152,32 @@ def _padded(x: jax.Array, multiple: int) -> jax.Array:
 
 
 def in_chunks(fn: PolarFn, x: jax.Array, most: int) -> jax.Array:
-    """Apply `fn` to at most `most` matrices at a time, in place; the body is compiled once."""
-    count = len(x)
-    if count <= most:
+    """Apply `fn` to at most `most` matrices at a time, in place; the body is compiled once.
+
+    On a TPU to half as many. Its scheduler hides latency at the price of memory, and only a loop
+    stops it: 0.13 instead of 0.43 of the parameters' bytes on a GPT of 34 leaves. On a GPU a loop
+    saves nothing, as its stack is copied, and its kernels are launched again for every chunk.
+    """
+    if len(x) > most:
+        return _loop(fn, x, most)
+    if len(x) == 1 or 2 * len(x) <= most:
         return _checked(fn, x)
-    each = max(k for k in range(1, most + 1) if count % k == 0)
+    return jax.lax.platform_dependent(
+        x,
+        tpu=lambda stack: _loop(fn, stack, max(1, most // 2)),
+        default=lambda stack: _checked(fn, stack),
+    )
+
+
+def _loop(fn: PolarFn, x: jax.Array, most: int) -> jax.Array:
+    each = max(k for k in range(1, most + 1) if len(x) % k == 0)
 
     def body(i, stack):
         part = jax.lax.dynamic_slice_in_dim(stack, i * each, each)
-        part = _checked(fn, part).astype(stack.dtype)
+        part = _checked(fn, part)
         return jax.lax.dynamic_update_slice_in_dim(stack, part, i * each, 0)
 
-    return jax.lax.fori_loop(0, count // each, body, x)
+    return jax.lax.fori_loop(0, len(x) // each, body, x)
 
 
 def _checked(fn: PolarFn, x: jax.Array) -> jax.Array:
@@ -173,4 +187,4 @@ def _checked(fn: PolarFn, x: jax.Array) -> jax.Array:
             f"orthogonalize: polar must keep the shape of its matrices, {x.shape}, "
             f"got {jnp.shape(out)}. Return (..., m, n) for (..., m, n)."
         )
-    return out
+    return out.astype(x.dtype)
