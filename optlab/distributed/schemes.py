@@ -75,10 +75,7 @@ def _whole(step: Step, x: jax.Array, fn: PolarFn, team: Team) -> jax.Array:
     """Bring whole matrices to their owners, and the results back."""
     count = len(x)
     x = _my_share(_padded(x, team.size * step.replicas), step, team)
-    if team.size > 1:
-        x = _restore(fn(_exchange(x, team, 1)), x.shape, team, 1)
-    else:
-        x = fn(x)
+    x = _restore(fn(_exchange(x, team, 1)), x.shape, team, 1) if team.size > 1 else fn(x)
     if step.replicas > 1:
         x = jax.lax.all_gather(x, team.replicated, axis=0, tiled=True)
     return x[:count]
