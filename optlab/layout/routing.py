@@ -24,6 +24,7 @@ class LeafRow:
     dtype: str
     role: str
     view: MatrixView | None
+    methods: tuple[str, ...]  # labels of `optax.partition` under which it has state
     states: tuple[str, ...]
     state_bytes: int
     sharding: str
@@ -73,8 +74,10 @@ class Routing:
         header = ["leaf", "shape", "dtype", "role", "view"]
         table = [[r.path, str(r.shape), r.dtype, r.role, r.view_text] for r in self.leaves]
         if self.has_state:
+            header += ["method"] * any(row.methods for row in self.leaves)
             header += ["state", "state bytes"]
             for cells, row in zip(table, self.leaves, strict=True):
+                cells += [", ".join(row.methods) or "-"] * ("method" in header)
                 cells += [", ".join(row.states) or "-", f"{row.state_bytes:,}"]
         if any(row.sharding for row in self.leaves):
             header += ["sharding"]
@@ -110,8 +113,10 @@ def describe(
         layout: policy to show.
 
     Returns:
-        A `Routing`; print it for a table of leaf, shape, dtype, role, view, the state classes that
-        hold an array for the leaf, their bytes (exact, whole arrays, not per device), and sharding.
+        A `Routing`; print it for a table of leaf, shape, dtype, role, view, the label under which
+        `optax.partition` has state for the leaf ("fallback" for what a matrix method leaves to
+        another one), the state classes that hold an array for it, their bytes (exact, whole arrays,
+        not per device), and sharding.
 
     Raises:
         ValueError: an ambiguous leaf, as raised by the policy.
@@ -140,6 +145,7 @@ def describe(
                 dtype=str(jax.typeof(leaf).dtype),
                 role=role(path, leaf, layout),
                 view=view_of(path, leaf, layout),
+                methods=tuple(dict.fromkeys(item.method for item in mine if item.method)),
                 states=tuple(dict.fromkeys(item.owner for item in mine)),
                 state_bytes=sum(item.nbytes for item in mine),
                 sharding=_sharding(leaf),
@@ -152,11 +158,12 @@ def describe(
 
 @dataclasses.dataclass(frozen=True)
 class _Held:
-    """An array of the state: the parameter it belongs to (None: none), its bytes, its class."""
+    """An array of the state: its parameter (None: none), its bytes, its class, its partition."""
 
     index: int | None
     nbytes: int
     owner: str = ""
+    method: str = ""
 
 
 def _held(tx: Any, params: Any, treedef: Any) -> list[_Held]:
@@ -171,19 +178,23 @@ def _held(tx: Any, params: Any, treedef: Any) -> list[_Held]:
         transform_non_params=lambda leaf: _Held(None, _nbytes(leaf)),
         is_leaf=_is_masked,
     )
-    return list(_walk(tagged, ""))
+    return list(_walk(tagged))
 
 
-def _walk(node: Any, owner: str) -> Iterator[_Held]:
+def _walk(node: Any, owner: str = "", method: str = "") -> Iterator[_Held]:
     """Yield the arrays of a tagged state with the innermost NamedTuple class around each."""
     if isinstance(node, _Held):
-        yield dataclasses.replace(node, owner=owner)
+        yield dataclasses.replace(node, owner=owner, method=method)
+        return
+    if isinstance(node, optax.transforms.PartitionState):
+        for label, inner in node.inner_states.items():
+            yield from _walk(inner, owner, str(label))
         return
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         owner = type(node).__name__
     for child in jax.tree.leaves(node, is_leaf=lambda x: x is not node):
         if child is not node:
-            yield from _walk(child, owner)
+            yield from _walk(child, owner, method)
 
 
 def _is_masked(leaf: Any) -> bool:
