@@ -19,10 +19,10 @@ SMALL = {
     "embedding": jax.ShapeDtypeStruct((16, 8), jnp.float32),
 }
 TABLE = """
-leaf               shape      dtype     role       view               state             state bytes
-attn/query/kernel  (8, 2, 4)  float32   matrix     in(0) -> out(1,2)  ScaleByAdamState          512
-bias               (8,)       bfloat16  vector     -                  TraceState                 16
-embedding          (16, 8)    float32   embedding  in(0) -> out(1)    ScaleByAdamState        1,024
+leaf               shape      dtype     role       view               method  state             state bytes
+attn/query/kernel  (8, 2, 4)  float32   matrix     in(0) -> out(1,2)  matrix  ScaleByAdamState          512
+bias               (8,)       bfloat16  vector     -                  rest    TraceState                 16
+embedding          (16, 8)    float32   embedding  in(0) -> out(1)    matrix  ScaleByAdamState        1,024
 
 3 leaves, 200 parameters, 784 bytes
 state: 1,556 bytes = 1,552 in leaves (7.76 per parameter) + 4 shared
