@@ -107,7 +107,8 @@ class Runner:
         """Return the form that runs."""
         if not isinstance(self.method, polar.NewtonSchulz):
             return "-"
-        gram = self.method.uses_gram(*self.x.shape[-2:], self.x.dtype)
+        rows, cols = self.x.shape[-2:]
+        gram = self.method.uses_gram(rows, cols, self.x.dtype)
         return "gram" if gram else "direct"
 
 
