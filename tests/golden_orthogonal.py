@@ -250,3 +250,14 @@ def noise_of(case: Mapping[str, Any], state: Any) -> dict[str, dict[str, jax.Arr
     factors = noise_multipliers(found.noise, [h["group_of"][name] for name in names], h["alpha"])
     columns = {"H": found.noise, "mult": factors}
     return {key: dict(zip(names, column, strict=True)) for key, column in columns.items()}
+
+
+def apart(start: Any, found: Any, expected: Any) -> tuple[float, float]:
+    """Return how far two moves from `start` differ: the largest error over the largest move, and
+    the smallest cosine of a leaf. The bfloat16 case allows 2e-2 and 0.9995 after its last step.
+    """
+    move = lambda tree, k: np.asarray(tree[k] - start[k], np.float64)  # noqa: E731
+    pairs = [(move(found, k), move(expected, k)) for k in start]
+    error = max(np.abs(a - b).max() for a, b in pairs) / max(np.abs(b).max() for _, b in pairs)
+    cosine = min(np.sum(a * b) / (np.linalg.norm(a) * np.linalg.norm(b)) for a, b in pairs)
+    return float(error), float(cosine)

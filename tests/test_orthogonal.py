@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from reference import lanton as lanton_reference
 from reference import muon as muon_reference
 from reference import normuon as normuon_reference
@@ -20,6 +22,7 @@ import optlab
 from optlab import MatrixView, layout
 from optlab.recipes.lmo import lanton, scion
 from optlab.testing.case import random_like
+from optlab.testing.sharding import mesh_of
 from optlab.transforms import lmo
 from optlab.transforms.lmo import scale_by_lmo
 from optlab.transforms.noise import noise_adaptive, noise_multipliers, nuclear_norm
@@ -384,6 +387,33 @@ def test_a_convolution_has_the_noise_of_its_matrix():
     np.testing.assert_allclose(flat(found), flat(want), rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_noise_does_not_depend_on_the_mesh(kind):
+    specs = {
+        "bias": P("model"),
+        "kernel": P("data", "model"),
+        "layers/kernel": P("data", None, "model"),
+    }
+    shapes = {"bias": (8,), "kernel": (8, 6), "layers/kernel": (4, 8, 6)}
+    grads = [random_like(shapes, seed) for seed in range(3)]
+    mesh = mesh_of(kind)
+    places = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    placed = [{k: jax.device_put(g[k], places[k]) for k in g} for g in grads]
+    shardings = places if kind == AxisType.Auto else None
+    norms = {"matrix": "spectral", "vector": "per_input"}
+    make = functools.partial(
+        noise_adaptive, optax.identity(), norms=norms, layout=STACK, groups="all"
+    )
+    want = steps(make(), grads, grads[0])
+    with jax.set_mesh(mesh):
+        tx = make(shardings=shardings)
+        state, step = jax.jit(tx.init)(placed[0]), jax.jit(tx.update)
+        for g, wanted in zip(placed, want, strict=True):
+            found, state = step(g, state)
+            np.testing.assert_allclose(flat(found), flat(wanted), rtol=1e-5, atol=1e-6)
+    assert all(found[k].sharding.is_equivalent_to(places[k], found[k].ndim) for k in places)
+
+
 def test_a_missing_gradient_keeps_its_noise_and_counts_for_no_maximum():
     tx, grads = noise_adaptive(optax.identity(), alpha=0.1), [_loud_and_quiet(t) for t in range(4)]
     state = tx.init(jax.tree.map(jnp.zeros_like, grads[0]))
@@ -443,6 +473,16 @@ def test_the_noise_by_keller_is_within_its_band_of_the_exact_one(condition):
 
     assert 0.7 <= noise("keller") / noise(None) <= 1.2
     np.testing.assert_allclose(noise("svd"), noise(None), rtol=1e-2 if condition == 1e4 else 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(24, 10), (16, 32)])
+def test_bfloat16_costs_the_iteration_its_roundings_only(shape):
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(20, *shape)), jnp.float32)
+    exact = np.asarray(optlab.polar.keller()(x))
+    narrow = optlab.polar.keller(dtype=jnp.bfloat16, form="direct")
+    off = np.asarray(jax.jit(narrow)(x), np.float32) - exact
+    # The authors' order of roundings is off by 0.032.
+    assert 0.005 < np.sqrt(np.mean(off**2) / np.mean(exact**2)) < 0.032
 
 
 # --- factors of the shape, momentum ---------------------------------------------------------------
