@@ -1,6 +1,7 @@
 """Composable gradient transformations for JAX: what networks are trained with after optax."""
 
 from optlab import layout
+from optlab.distributed.options import plan
 from optlab.distributed.shardings import shardings_of, state_sharding
 from optlab.layout import MatrixView, describe
 from optlab.linalg import polar
@@ -11,12 +12,14 @@ from optlab.recipes import (
     allora,
     diffgrad,
     lamb,
+    lanton,
     lars,
     lion,
     lion_k,
     muon,
     nap,
     normuon,
+    scion,
     sgd_sai,
     sgdp,
     signum,
@@ -30,6 +33,7 @@ from optlab.transforms.adaptive import (
     scale_by_moments,
 )
 from optlab.transforms.decay import add_cautious_decay, decay_after_update
+from optlab.transforms.lmo import scale_by_lmo
 from optlab.transforms.momentum import (
     debiased_ema,
     ema_from_first,
@@ -38,7 +42,8 @@ from optlab.transforms.momentum import (
     with_previous_updates,
 )
 from optlab.transforms.neurons import normalize_neurons
-from optlab.transforms.orthogonalize import orthogonalize, plan
+from optlab.transforms.noise import noise_adaptive
+from optlab.transforms.orthogonalize import orthogonalize
 from optlab.transforms.radial import normalize_and_project, project_radial, remove_radial
 from optlab.transforms.shape_scale import scale_by_shape
 from optlab.transforms.sign import apply_kappa, scale_by_lion_k, scale_by_sign_momentum
@@ -68,12 +73,14 @@ __all__ = [
     "interpolate_momentum",
     "kappa",
     "lamb",
+    "lanton",
     "lars",
     "layout",
     "lion",
     "lion_k",
     "muon",
     "nap",
+    "noise_adaptive",
     "normalize_and_project",
     "normalize_neurons",
     "normuon",
@@ -89,10 +96,12 @@ __all__ = [
     "scale_by_initial_snr",
     "scale_by_inverse_row_norm",
     "scale_by_lion_k",
+    "scale_by_lmo",
     "scale_by_moments",
     "scale_by_shape",
     "scale_by_sign_momentum",
     "scale_by_trust_ratio",
+    "scion",
     "sgd_sai",
     "sgdp",
     "shardings_of",

@@ -9,12 +9,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
+from optlab.distributed.options import resolve_polar
 from optlab.linalg import polar as _polar
 from optlab.recipes import routing
 from optlab.transforms.decay import add_cautious_decay, add_decay
 from optlab.transforms.momentum import debiased_ema, heavy_ball, interpolate_momentum
 from optlab.transforms.neurons import normalize_neurons
-from optlab.transforms.orthogonalize import orthogonalize, resolve_polar
+from optlab.transforms.orthogonalize import orthogonalize
 from optlab.transforms.shape_scale import ShapeMode, resolve_shape_mode, scale_by_shape
 
 # Rates of AdamW in the released code, 3e-4, and of the matrices, 0.02. Steps that are scaled to

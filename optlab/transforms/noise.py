@@ -17,11 +17,11 @@ from jax.typing import ArrayLike, DTypeLike
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
 from optlab.distributed import apply
+from optlab.distributed.options import matrix_options
 from optlab.linalg.norms import safe_divide
 from optlab.linalg.polar import PolarFn
 from optlab.transforms import lmo
 from optlab.transforms.momentum import with_previous_updates
-from optlab.transforms.orthogonalize import matrix_options
 from optlab.transforms.shape_scale import ShapeMode, resolve_shape_mode
 
 Groups = Any | Callable[[str, Any], str] | None
