@@ -12,7 +12,7 @@ from optlab.distributed.shardings import Placement, by_path, placement_of
 
 Axes = tuple[int, ...]
 Arrays = list[jax.Array]
-Factors = Callable[[Arrays, jax.Array], tuple[Arrays, jax.Array]]
+Factors = Callable[[Arrays, Any], tuple[Arrays, Any]]
 
 
 def scale_by_sums(
@@ -20,14 +20,14 @@ def scale_by_sums(
     leaves: Sequence[tuple[str, jax.Array]],
     axes: Sequence[Axes],
     factors: Factors,
-    state: jax.Array,
+    state: Any,
     shardings: Any,
-) -> tuple[Arrays, jax.Array]:
+) -> tuple[Arrays, Any]:
     """Multiply every leaf by factors computed from its sums of squares over some axes.
 
     `factors(sums, state)` sees the sums of whole leaves, without the summed axes, and returns a
-    factor of each one's shape and the new state; the state is the same on every device. Left to
-    the partitioner, the sums of each leaf cost a collective of their own.
+    factor of each one's shape and the new state; states are trees of arrays, the same on every
+    device. Left to the partitioner, the sums of each leaf cost a collective of their own.
     """
     known = by_path(name, shardings)
     arrays = [leaf for _, leaf in leaves]

@@ -86,13 +86,18 @@ def normalize_neurons(
         leaves, views = [(path, u) for _, path, u, _ in found], [view for *_, view in found]
         shapes = [u.shape for _, u in leaves]
 
-        def factors(squares, nu):
-            return _factors(squares, nu, views, shapes, b2, eps, rms)
+        numbers = {"b2": b2, "eps": eps, "rms": rms}
+        # On an Explicit mesh a shard_map takes arrays, as injected numbers are, by argument only.
+        arrays = {key: value for key, value in numbers.items() if isinstance(value, jax.Array)}
+
+        def factors(squares, state):
+            nu, arrays = state
+            return _factors(squares, nu, views, shapes, **(numbers | arrays))
 
         out, nu = jax.tree.leaves(updates, is_leaf=_leafwise.is_none), state.nu
         if found:
             rows = [view.rows for view in views]
-            scaled, nu = sums.scale_by_sums(name, leaves, rows, factors, nu, shardings)
+            scaled, nu = sums.scale_by_sums(name, leaves, rows, factors, (nu, arrays), shardings)
             for (index, *_), u in zip(found, scaled, strict=True):
                 out[index] = u
         treedef = jax.tree.structure(updates, is_leaf=_leafwise.is_none)
