@@ -126,6 +126,11 @@ class Group:
         return self.placement.size(self.placement.replicated) if self.placement else 1
 
 
+# On one device. An update taken out of a stack is a kernel that knows its place in it: 400 leaves in
+# one stack are 400 kernels for a CPU to compile, in stacks of 24 they are 24.
+_MOST_LEAVES = 24
+
+
 def groups(blocks: Iterable[Block], itemsize: Callable[[Any], int], cap: int) -> list[Group]:
     """Return the buckets, largest first, cut into groups of at most `cap` bytes on one device.
 
@@ -151,13 +156,15 @@ def _size(group: Group) -> int:
 def _cut(bucket: list[Block], most: int, spread: int) -> list[Group]:
     """Cut a bucket into groups of about equal size, of `most` matrices at most."""
     bucket = sorted(bucket, key=lambda b: b.swapped)  # groups of one orientation need no transpose
-    total = sum(b.count for b in bucket)
-    target = math.ceil(total / math.ceil(total / most))
-    target = math.ceil(target / spread) * spread
+    total, local = sum(b.count for b in bucket), bucket[0].placement is None
+    pieces = math.ceil(total / most)
+    if local:
+        pieces = max(pieces, math.ceil(len(bucket) / _MOST_LEAVES))
+    target = math.ceil(math.ceil(total / pieces) / spread) * spread
     cut: list[list[Block]] = [[]]
     for b in bucket:
         filled = sum(x.count for x in cut[-1])
-        mixes = total > most and cut[-1] and cut[-1][-1].swapped != b.swapped
+        mixes = pieces > 1 and cut[-1] and cut[-1][-1].swapped != b.swapped
         if cut[-1] and (filled + b.count > target or mixes):
             cut.append([])
         cut[-1].append(b)

@@ -12,7 +12,6 @@ from optlab import layout as _layout
 from optlab.distributed.options import resolve_polar
 from optlab.linalg import polar as _polar
 from optlab.recipes import routing
-from optlab.transforms.decay import add_cautious_decay, add_decay
 from optlab.transforms.momentum import debiased_ema, heavy_ball, interpolate_momentum
 from optlab.transforms.neurons import normalize_neurons
 from optlab.transforms.orthogonalize import orthogonalize
@@ -38,16 +37,12 @@ def _momentum(
     return interpolate_momentum(b1**2 if nesterov else b1, b1, mu_dtype=mu_dtype)
 
 
-def _decay(weight_decay: Any, mask: Any, cautious: bool, name: str) -> Any:
-    if cautious:
-        return add_cautious_decay(weight_decay, mask)
-    return add_decay(name, weight_decay, mask)
-
-
 def _in_bfloat16(name: str, polar: _polar.PolarFn | str) -> _polar.PolarFn:
     function = resolve_polar(name, polar)
     named = isinstance(polar, str) and isinstance(function, _polar.NewtonSchulz)
-    return dataclasses.replace(function, dtype=jnp.bfloat16) if named else function
+    # The Gram form rounds elsewhere: half as much again off the official iteration.
+    exact = {"dtype": jnp.bfloat16, "form": "direct"}
+    return dataclasses.replace(function, **exact) if named else function
 
 
 def _without_convolutions(layout: _layout.Policy) -> _layout.Policy:
@@ -157,7 +152,7 @@ def muon(
             chunk_bytes=chunk_bytes,
         ),
         scale_by_shape(scale, layout=_without_convolutions(layout) if official else layout),
-        _decay(weight_decay, weight_decay_mask, cautious, name),
+        routing.decay(name, weight_decay, weight_decay_mask, cautious=cautious),
         optax.scale_by_learning_rate(learning_rate),
     )
     ratio = _FALLBACK_RATIO.get(scale, 0.015) if isinstance(scale, str) else 0.015
@@ -267,7 +262,7 @@ def normuon(
         normalize_neurons(
             b2, eps=eps, rms=None if scale else rms, layout=layout, shardings=shardings
         ),
-        _decay(weight_decay, weight_decay_mask, cautious, name),
+        routing.decay(name, weight_decay, weight_decay_mask, cautious=cautious),
         optax.scale_by_learning_rate(learning_rate),
     ]
     if scale is not None:

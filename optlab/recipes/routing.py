@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
 from optlab.transforms.adaptive import scale_by_moments
-from optlab.transforms.decay import add_decay
+from optlab.transforms.decay import add_cautious_decay, add_decay
 
 FALLBACK = "fallback"
 
@@ -64,9 +64,24 @@ def adamw(
     """Return the default for leaves that are no matrices: AdamW as Muon's released code has it."""
     return optax.chain(
         scale_by_moments(0.9, 0.95, 1e-10, mu_dtype=mu_dtype),
-        add_decay(name, weight_decay, weight_decay_mask),
+        decay(name, weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def decay(
+    name: str, weight_decay: Any, mask: _leafwise.Mask, *, cautious: bool = False
+) -> optax.GradientTransformation:
+    """Return the link of decoupled weight decay; nothing where the rate is the number 0.
+
+    XLA may not leave out 0 p, which is NaN for an infinite p: for hundreds of leaves that shows in
+    the time of compilation.
+    """
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return optax.identity()
+    if cautious:
+        return add_cautious_decay(weight_decay, mask)
+    return add_decay(name, weight_decay, mask)
 
 
 def rate_of_fallback(
