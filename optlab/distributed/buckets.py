@@ -126,7 +126,7 @@ class Group:
         return self.placement.size(self.placement.replicated) if self.placement else 1
 
 
-# On one device. An update taken out of a stack is a kernel that knows its place in it: 400 leaves in
+# On one device. An update taken out of a stack is a kernel that knows its place: 400 leaves in
 # one stack are 400 kernels for a CPU to compile, in stacks of 24 they are 24.
 _MOST_LEAVES = 24
 
