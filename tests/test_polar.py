@@ -312,3 +312,13 @@ def test_every_name_is_a_function_of_a_matrix():
     assert set(by_name) == {"keller", "you", "polar_express", "turbo", "cans", "svd", "eigh"}
     for f in by_name.values():
         assert f(jnp.ones((3, 2))).shape == (3, 2)
+
+
+def test_a_tpu_multiplies_float32_in_bfloat16_and_restarts_as_often(monkeypatch):
+    cuts = lambda method: [len(rows) for rows in method.phases(jnp.float32)]  # noqa: E731
+    assert cuts(polar.keller()) == [2, 3]
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert cuts(polar.keller()) == [2, 2, 1]
+    assert cuts(polar.keller(precision="highest")) == [2, 3]
+    with jax.default_matmul_precision("float32"):
+        assert cuts(polar.keller()) == [2, 3]

@@ -41,8 +41,7 @@ def _in_bfloat16(name: str, polar: _polar.PolarFn | str) -> _polar.PolarFn:
     function = resolve_polar(name, polar)
     named = isinstance(polar, str) and isinstance(function, _polar.NewtonSchulz)
     # The Gram form rounds elsewhere: half as much again off the official iteration.
-    exact = {"dtype": jnp.bfloat16, "form": "direct"}
-    return dataclasses.replace(function, **exact) if named else function
+    return dataclasses.replace(function, dtype=jnp.bfloat16, form="direct") if named else function
 
 
 def _without_convolutions(layout: _layout.Policy) -> _layout.Policy:
