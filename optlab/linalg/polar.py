@@ -207,7 +207,8 @@ def _added(a: float, x: jax.Array, b: float, y: jax.Array) -> jax.Array:
 
 def _bits_of_products(dtype: DTypeLike, precision: jax.lax.PrecisionLike) -> int:
     """Return the bits that factors keep: those of the dtype, or a TPU's 16."""
-    asked = precision if precision is not None else jax.config.read("jax_default_matmul_precision")
+    context: Any = jax.config  # its settings are attributes made at run time
+    asked = precision if precision is not None else context.jax_default_matmul_precision
     narrow = asked in (None, "default", "bfloat16", jax.lax.Precision.DEFAULT)
     bits = jnp.finfo(dtype).bits
     return 16 if bits == 32 and narrow and jax.default_backend() == "tpu" else bits
