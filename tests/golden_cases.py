@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import golden_orthogonal
 import jax
 import numpy as np
 import optax
@@ -161,6 +162,7 @@ TRAJECTORIES: dict[str, Callable[[Hyper, str], optax.GradientTransformation]] = 
     "sgd_sai": _sgd_sai,
     "sgdp": _sgdp,
     "signum": _signum,
+    **golden_orthogonal.TRAJECTORIES,
 }
 
 

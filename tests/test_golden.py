@@ -7,14 +7,18 @@ case whose method or hyperparameter is unknown fails by name.
 import itertools
 
 import golden_cases
+import golden_orthogonal
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from optlab.linalg.polar import svd_polar
 
-# Absolute, float32, on trajectories of 8 steps; the elementwise bound of the cases' own notes.
-TOLERANCE = 2e-6
+# Absolute, float32, on trajectories of 8 to 10 steps; the bounds of the cases' own notes, the
+# second one for methods that orthogonalize, the third for matrices short of rank.
+TOLERANCE, ORTHOGONAL_TOLERANCE, DEFICIENT_TOLERANCE = 2e-6, 1e-5, 1e-4
+# Of an iteration in bfloat16, on the whole move: error over the largest move, and cosine.
+BFLOAT16_ERROR, BFLOAT16_COSINE = 2e-2, 0.9995
 # Relative to the peak, float32.
 SCHEDULE_TOLERANCE = 1e-5
 # Absolute, on polar factors.
@@ -32,6 +36,10 @@ def test_case_is_reproduced(path):
     case, arrays = golden_cases.load(path)
     if case["method"] in golden_cases.ITERATIONS:
         _check_polar_factors(case, arrays)
+    elif case["method"] == "scion_lmo":
+        _check_directions(case, arrays)
+    elif "bfloat16" in case["variant"]:
+        _check_whole_move(case, arrays)
     elif arrays:
         _check_trajectory(case, arrays)
     else:
@@ -41,16 +49,19 @@ def test_case_is_reproduced(path):
 def _check_trajectory(case, arrays):
     found, state = golden_cases.replay(case, arrays)
     start = golden_cases.group(arrays, "param.")
+    orthogonal = case["method"] in golden_orthogonal.TRAJECTORIES
+    bound = ORTHOGONAL_TOLERANCE if orthogonal else TOLERANCE
     for t, params in enumerate(found):
         expected = golden_cases.group(arrays, f"out.{t}.")
         assert params.keys() == expected.keys()
         for name in expected:
             np.testing.assert_allclose(
-                params[name], expected[name], rtol=0, atol=TOLERANCE, err_msg=f"step {t}, {name}"
+                params[name], expected[name], rtol=0, atol=bound, err_msg=f"step {t}, {name}"
             )
     moved = max(np.abs(found[-1][name] - start[name]).max() for name in start)
-    assert moved > 100 * TOLERANCE, "the case does not move: it proves nothing"
+    assert moved > 100 * bound, "the case does not move: it proves nothing"
     _check_snr(arrays, state, list(start))
+    _check_noise(case, arrays, state)
 
 
 def _check_snr(arrays, state, names):
@@ -59,6 +70,36 @@ def _check_snr(arrays, state, names):
         np.testing.assert_allclose(
             state[0].snr, [recorded[name] for name in sorted(names)], rtol=1e-5
         )
+
+
+def _check_noise(case, arrays, state):
+    """LANTON's noise and its factors after the last step."""
+    last = f".{case['steps'] - 1}."
+    recorded = {key: golden_cases.group(arrays, f"extra.{key}{last}") for key in ("H", "mult")}
+    if recorded["H"]:
+        found = golden_orthogonal.noise_of(case, state)
+        for key, leaves in recorded.items():
+            assert leaves.keys() == found[key].keys()
+            for name, value in leaves.items():
+                np.testing.assert_allclose(found[key][name], value, rtol=1e-5, err_msg=name)
+
+
+def _check_directions(case, arrays):
+    found = golden_orthogonal.scion_lmos(case["hyperparameters"], arrays)
+    assert found.keys() == {key for key in arrays if key.startswith("out.")}
+    for key, direction in found.items():
+        bound = DEFICIENT_TOLERANCE if key.endswith(".rank2") else ORTHOGONAL_TOLERANCE
+        np.testing.assert_allclose(direction, arrays[key], rtol=0, atol=bound, err_msg=key)
+
+
+def _check_whole_move(case, arrays):
+    found, _ = golden_cases.replay(case, arrays)
+    start, last = (
+        golden_cases.group(arrays, prefix) for prefix in ("param.", f"out.{case['steps'] - 1}.")
+    )
+    error, cosine = golden_orthogonal.apart(start, found[-1], last)
+    assert error < BFLOAT16_ERROR
+    assert cosine > BFLOAT16_COSINE
 
 
 def _check_schedule(case):
