@@ -38,7 +38,7 @@ def test_case_is_reproduced(path):
         _check_polar_factors(case, arrays)
     elif case["method"] == "scion_lmo":
         _check_directions(case, arrays)
-    elif "bfloat16" in case["variant"]:
+    elif "bfloat16" in case.get("variant", ""):
         _check_whole_move(case, arrays)
     elif arrays:
         _check_trajectory(case, arrays)
