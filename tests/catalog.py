@@ -135,6 +135,22 @@ RECIPES = (
         facts={"state_bytes": 4.0, "convergence_rate": 1.0},
     ),
     _recipe("allora", tags={"layerwise", "stateless"}, hits=MATRICES, facts={"state_bytes": 0.0}),
+    _recipe(
+        "muon",
+        partial(optax.adamw, 0.1),
+        tags={"scale_invariant", "layerwise"},
+        hits=MATRICES,
+        facts={"state_bytes": 4.0, "convergence_rate": 0.5},
+    ),
+    _recipe(
+        "normuon",
+        partial(optax.adamw, 0.1),
+        tags={"scale_invariant", "layerwise"},
+        hits=MATRICES,
+        facts={"state_bytes": 4.0},
+    ),
+    _recipe("scion", tags={"scale_invariant"}, facts={"state_bytes": 4.0}),
+    _recipe("lanton", facts={"state_bytes": 8.0}),
 )
 
 LINKS = (
@@ -273,6 +289,40 @@ LINKS = (
         # The temperature's update points the other way. The minus sign comes later in the chain.
         hits=TENSORS,
         facts={"state_bytes": 0.0, "decay_factor": 1.1},
+    ),
+    _link(
+        "debiased_ema",
+        decay=0.9,
+        tags={"momentum", *_ELEMENTWISE},
+        facts={
+            "state_bytes": 4.0,
+            "constant_gradient": lambda t: 1.0,
+            "no_momentum": {"decay": 0.0},
+        },
+    ),
+    _link(
+        "orthogonalize",
+        tags={"orthogonalize", "stateless", "layerwise"},
+        hits=MATRICES,
+        facts={"state_bytes": 0.0, "band": (0.6, 1.25)},
+    ),
+    _link(
+        "orthogonalize",
+        polar="svd",
+        tags={"orthogonalize", "idempotent", "stateless", "layerwise"},
+        facts={"state_bytes": 0.0, "band": (0.9999, 1.0001)},
+        **_STACKED,
+    ),
+    _link("normalize_neurons", hits=MATRICES, facts={"state_bytes": 0.0}),
+    _link("scale_by_shape", tags={"stateless"}, hits=("dense/kernel",), facts={"state_bytes": 0.0}),
+    _link("scale_by_lmo", norm="per_output", facts={"state_bytes": 0.0}),
+    _link(
+        "noise_adaptive",
+        optlab.orthogonalize,
+        inner=optlab.orthogonalize(),
+        tags={"wrapper"},
+        hits=("conv/kernel", "dense/kernel"),  # the quietest of a group keeps its rate
+        facts={"state_bytes": 4.0},
     ),
     _link(
         "decay_after_update",

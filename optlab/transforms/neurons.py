@@ -1,5 +1,6 @@
 """Per-neuron normalization of orthogonalized updates (NorMuon)."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -111,6 +112,8 @@ def _factors(squares, nu, views, shapes, b2, eps, rms) -> tuple[list[jax.Array],
     found, means, start = [], [], 0
     for square, view, shape in zip(squares, views, shapes, strict=True):
         m, n = view.dims(shape)
+        # A sum that overflowed would stay in nu for ever.
+        square = jnp.minimum(square, jnp.finfo(square.dtype).max / math.prod(shape))
         mean = nu[start : start + square.size].reshape(square.shape)
         mean = b2 * mean + (1 - b2) * square.astype(nu.dtype) / m
         size = None if rms is None else rms * (m * n) ** 0.5
