@@ -308,9 +308,9 @@ LINKS = (
     ),
     _link(
         "orthogonalize",
-        polar="svd",
-        tags={"orthogonalize", "idempotent", "stateless", "layerwise"},
-        facts={"state_bytes": 0.0, "band": (0.9999, 1.0001)},
+        polar="you",
+        tags={"orthogonalize", "stateless", "layerwise"},
+        facts={"state_bytes": 0.0, "band": (0.9, 1.1)},
         **_STACKED,
     ),
     _link("normalize_neurons", hits=MATRICES, facts={"state_bytes": 0.0}),
