@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import optlab
+from optlab import layout
 from optlab.testing import default_params
 from optlab.testing.case import random_like
 
@@ -32,6 +33,24 @@ def apart(ours, theirs):
 
 
 DECAY = {"weight_decay": 0.1}
+
+
+def _optax_muon(**changes):
+    """Return Muon as optax does it: its momentum, its eps, and NAdam for the other leaves."""
+    arguments = {"polar": optlab.polar.keller(eps=1e-8), "nesterov": True, **changes}
+    fallback = optax.adamw(0.1, nesterov=arguments["nesterov"], weight_decay=0.0)
+    return optlab.muon(0.1, accumulation="debiased", fallback=fallback, **arguments)
+
+
+# By itself optax takes the leaves of rank 2; it has to be told which axes others reduce.
+RANK_2 = layout.rules({"^dense/kernel$": layout.flax}, default=lambda path, leaf: None)
+DIMENSIONS = {
+    "attn": {"query": {"kernel": optax.contrib.MuonDimensionNumbers(0, (1, 2))}},
+    "conv": {"kernel": optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)},
+    "dense": {"bias": None, "kernel": optax.contrib.MuonDimensionNumbers(0, 1)},
+    "norm": {"scale": None},
+    "temperature": None,
+}
 PEERS = {
     "lion": (optlab.lion(0.1, **DECAY), optax.lion(0.1, **DECAY)),
     "lion_masked": (
@@ -74,6 +93,21 @@ PEERS = {
     "nap_held_nowhere": (
         optlab.nap(0.1, mask=jax.tree.map(lambda p: False, PARAMS)), optax.adam(0.1)
     ),
+    "muon": (_optax_muon(layout=RANK_2), optax.contrib.muon(0.1)),
+    "muon_decayed": (
+        _optax_muon(layout=RANK_2, scale="moonlight", weight_decay_mask=MATRICES, **DECAY),
+        optax.contrib.muon(0.1, consistent_rms=0.2, weight_decay_mask=MATRICES, **DECAY),
+    ),
+    "muon_of_every_rank": (
+        _optax_muon(nesterov=False),
+        optax.contrib.muon(0.1, nesterov=False, muon_weight_dimension_numbers=DIMENSIONS),
+    ),
+    "muon_schatten": (
+        _optax_muon(
+            layout=RANK_2, polar=optlab.polar.you(eps=0.0, normalization="schatten")
+        ),
+        optax.contrib.muon(0.1, ns_coeffs="dion", preconditioning="schatten", eps=0.0),
+    ),
     "trust_ratio": (
         optax.chain(optlab.scale_by_trust_ratio(0.1, zero_norm_ratio=1), optax.scale(-1.0)),
         optax.chain(optax.scale_by_trust_ratio(trust_coefficient=0.1), optax.scale(-1.0)),
@@ -88,7 +122,8 @@ PEERS = {
 @pytest.mark.parametrize("name", PEERS)
 def test_optax_gives_the_same_numbers(name):
     # In float64: in float32 optax takes 1 - 0.999^t from a power that has lost 13 bits.
-    with jax.enable_x64(True):
+    # optax.contrib.muon promotes ranks.
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         params, *grads = jax.tree.map(lambda x: x.astype(jnp.float64), [PARAMS, *GRADS])
         ours, theirs = (trajectory(tx, grads, params) for tx in PEERS[name])
         assert apart(ours, theirs) <= 1e-12
