@@ -102,11 +102,9 @@ PEERS = {
         _optax_muon(nesterov=False),
         optax.contrib.muon(0.1, nesterov=False, muon_weight_dimension_numbers=DIMENSIONS),
     ),
-    "muon_schatten": (
-        _optax_muon(
-            layout=RANK_2, polar=optlab.polar.you(eps=0.0, normalization="schatten")
-        ),
-        optax.contrib.muon(0.1, ns_coeffs="dion", preconditioning="schatten", eps=0.0),
+    "muon_table": (
+        _optax_muon(layout=RANK_2, polar=optlab.polar.you(eps=1e-8)),
+        optax.contrib.muon(0.1, ns_coeffs="dion"),
     ),
     "trust_ratio": (
         optax.chain(optlab.scale_by_trust_ratio(0.1, zero_norm_ratio=1), optax.scale(-1.0)),
