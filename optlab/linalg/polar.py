@@ -147,7 +147,7 @@ class NewtonSchulz:
         scale = None
         if first:
             r, scale = self._normalized(r)
-        eye = jnp.expand_dims(jnp.eye(r.shape[-1], dtype=r.dtype), range(r.ndim - 2))
+        eye = _eye(r)
         q = z = self._polynomial(r, rows[0]) + rows[0][0] * eye
         for row in rows[1:]:
             r = self._product(self._product(z, r), z)
@@ -182,9 +182,10 @@ class NewtonSchulz:
         exact = r.astype(jnp.promote_types(r.dtype, jnp.float32))
         scale = 1 / self._guarded(_size(exact, self.normalization))
         # A norm that overflowed makes the matrix zero, as dividing by infinity would. Only the
-        # diagonal shows it: the sums beside it may be infinity minus infinity.
-        over = jnp.isinf(jnp.diagonal(exact, axis1=-2, axis2=-1))
-        scale = jnp.where(jnp.any(over, axis=-1, keepdims=True), 0, scale)
+        # diagonal shows it: the sums beside it may be infinity minus infinity. Masked, not taken
+        # out: a TPU gathers from a copy of the batch with its axis padded to 128.
+        over = jnp.isinf(exact) & (_eye(exact) != 0)
+        scale = jnp.where(jnp.any(over, axis=(-2, -1))[..., None], 0, scale)
         exact = jnp.where(scale[..., None] == 0, 0, exact * scale[..., :, None])
         return (exact * scale[..., None, :]).astype(r.dtype), scale.astype(r.dtype)
 
@@ -193,6 +194,11 @@ class NewtonSchulz:
         size = size + self.eps if self.guard == "add" else jnp.maximum(size, self.eps)
         # Smaller norms have lost their squares. A zero matrix stays zero for eps = 0 too.
         return jnp.maximum(size, float(jnp.finfo(size.dtype).tiny) ** 0.5)
+
+
+def _eye(r: jax.Array) -> jax.Array:
+    """Return the identity that goes with square matrices (..., n, n)."""
+    return jnp.expand_dims(jnp.eye(r.shape[-1], dtype=r.dtype), range(r.ndim - 2))
 
 
 def _added(a: float, x: jax.Array, b: float, y: jax.Array) -> jax.Array:
