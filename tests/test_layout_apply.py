@@ -1,6 +1,6 @@
-"""`on_matrix` and `bucketed`: exact on every tree, one call per shape, types kept in every mesh."""
+"""`on_matrix` and `orthogonalize`: exact on every tree, a call per shape, types kept in a mesh."""
 
-import functools
+import contextlib
 import math
 
 import hypothesis.strategies as st
@@ -13,20 +13,44 @@ from hypothesis import given, settings
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import optlab
 from optlab import layout
 from optlab.layout import MatrixView
 
 POLICIES = {"linen_scan": layout.stacked("^layers/")}
-APPLIERS = {
-    "on_matrix": layout.on_matrix,
-    "bucketed": layout.bucketed,
-    "merge_transposed": functools.partial(layout.bucketed, merge_transposed=True),
-}
+
+
+def orthogonalized(fn, policy, shardings=None):
+    """Return `orthogonalize` with any function in place of a polar factor, as a map of trees."""
+    tx = optlab.orthogonalize(fn, layout=policy, shardings=shardings)
+    return lambda tree: tx.update(tree, tx.init(tree))[0]
+
+
+def only_matrices(policy):
+    """Return the policy without embeddings and heads, which `orthogonalize` leaves alone."""
+
+    def views(path, leaf):
+        view = policy(path, leaf)
+        return view if view is not None and view.role == "matrix" else None
+
+    return views
+
+
+APPLIERS = {"on_matrix": layout.on_matrix, "orthogonalize": orthogonalized}
 
 
 def turned(x):
     """2 X minus X turned by 180 degrees: mixes every row and column, exact, and f(X^T) = f(X)^T."""
     return 2 * x - x[..., ::-1, ::-1]
+
+
+def peaks(x):
+    """4 X minus the peaks of each row and column: exact, whatever the order of rows and columns."""
+    return 4 * x - (x.max(-1, keepdims=True) + x.max(-2, keepdims=True))
+
+
+FUNCTIONS = {"on_matrix": turned, "orthogonalize": peaks}
+each_applier = pytest.mark.parametrize("name", APPLIERS)
 
 
 def cubic(x):
@@ -67,19 +91,18 @@ def test_on_matrix_of_the_identity_is_the_identity(name):
     assert_same(layout.on_matrix(lambda x: x, policy)(params), params)
 
 
-@pytest.mark.parametrize("merge_transposed", [False, True])
 @pytest.mark.parametrize("name", models.NAMES)
-def test_bucketed_is_bit_equal_to_on_matrix_on_a_real_model(name, merge_transposed):
+def test_orthogonalize_is_bit_equal_to_on_matrix_on_a_real_model(name):
     policy, params = POLICIES.get(name, layout.flax), models.params(name)
-    apply = layout.bucketed(turned, policy, merge_transposed=merge_transposed)
-    assert_same(jax.jit(apply)(params), layout.on_matrix(turned, policy)(params))
+    got = jax.jit(orthogonalized(peaks, policy))(params)
+    assert_same(got, layout.on_matrix(peaks, only_matrices(policy))(params))
 
 
 @pytest.mark.parametrize("name", ["nnx_transformer", "linen_scan"])
-def test_bucketed_matrix_products_agree_with_on_matrix(name):
+def test_stacked_matrix_products_agree_with_on_matrix(name):
     policy, params = POLICIES.get(name, layout.flax), models.params(name)
-    got = jax.jit(layout.bucketed(cubic, policy, merge_transposed=True))(params)
-    want = jax.jit(layout.on_matrix(cubic, policy))(params)
+    got = jax.jit(orthogonalized(cubic, policy))(params)
+    want = jax.jit(layout.on_matrix(cubic, only_matrices(policy)))(params)
     # Batched and single products sum in different orders.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
 
@@ -116,63 +139,81 @@ def nested(leaves):
 def test_every_applier_is_exact_on_every_tree(drawn):
     tree, policy = drawn
 
-    def reference(view, path, x):
-        if view is None or not x.size:
-            return x
-        return jnp.asarray(numpy_reference(turned, np.asarray(x, np.float32), view), x.dtype)
+    for name, applier in APPLIERS.items():
 
-    want = layout.map_with_view(reference, tree, policy=policy)
-    for applier in APPLIERS.values():
-        assert_same(applier(turned, policy)(tree), want)
+        def reference(view, path, x, fn=FUNCTIONS[name]):
+            if view is None or not x.size:
+                return x
+            return jnp.asarray(numpy_reference(fn, np.asarray(x, np.float32), view), x.dtype)
+
+        want = layout.map_with_view(reference, tree, policy=policy)
+        assert_same(applier(FUNCTIONS[name], policy)(tree), want)
 
 
-@pytest.mark.parametrize("applier", APPLIERS.values(), ids=APPLIERS)
-def test_leaves_without_a_view_and_empty_ones_are_the_same_objects(applier):
-    tree = {"bias": jnp.ones(3), "x": np.ones(()), "w": jnp.ones((0, 3)), "k": jnp.ones((2, 3))}
-    out = applier(turned, layout.flax)(tree)
-    assert all(out[name] is tree[name] for name in ("bias", "x", "w"))
+@each_applier
+def test_leaves_without_a_view_and_empty_ones_are_the_same_objects(name):
+    tree = {"bias": jnp.ones(3), "x": np.float32(1), "w": jnp.ones((0, 3)), "k": jnp.ones((2, 3))}
+    out = APPLIERS[name](FUNCTIONS[name], layout.flax)(tree)
+    assert all(out[key] is tree[key] for key in ("bias", "x", "w"))
     assert out["k"] is not tree["k"]
 
 
-def shapes_of_calls(name, **kwargs):
+def test_embeddings_heads_and_missing_leaves_stay_as_they_are():
+    tree = {
+        "embed": {"embedding": jnp.ones((6, 2))},
+        "lm_head": {"kernel": jnp.ones((2, 6)), "bias": None},
+        "dense": {"kernel": jnp.ones((2, 6)), "bias": None},
+    }
+    out = orthogonalized(peaks, layout.flax)(tree)
+    assert out["embed"]["embedding"] is tree["embed"]["embedding"]
+    assert out["lm_head"]["kernel"] is tree["lm_head"]["kernel"]
+    assert out["lm_head"]["bias"] is out["dense"]["bias"] is None
+    np.testing.assert_array_equal(out["dense"]["kernel"], 2 * np.ones((2, 6)))
+
+
+def calls_of(policy, tree):
+    """Return shape and dtype of every stack that the function is given, sorted."""
     calls = []
 
     def spy(x):
-        calls.append(x.shape)
+        calls.append((x.shape, str(x.dtype)))
         return x
 
-    policy = POLICIES.get(name, layout.flax)
-    jax.eval_shape(layout.bucketed(spy, policy, **kwargs), models.params(name))
+    jax.eval_shape(orthogonalized(spy, policy), tree)
     return sorted(calls)
 
 
-def test_fn_is_traced_once_per_matrix_shape():
-    # Per block: four attention matrices 8 x 8, up 8 x 12, down 12 x 8. Then embedding and head.
-    expected = [(1, 8, 16), (1, 16, 8), (2, 8, 12), (2, 12, 8), (8, 8, 8)]
-    assert shapes_of_calls("nnx_transformer") == expected
-    # The scanned stack holds the same matrices, three of each, in one leaf each.
-    expected = [(1, 8, 16), (1, 16, 8), (3, 8, 12), (3, 12, 8), (12, 8, 8)]
-    assert shapes_of_calls("linen_scan") == expected
+@pytest.mark.parametrize("name", ["nnx_transformer", "linen_scan"])
+def test_a_function_is_traced_once_per_shape_whatever_holds_the_matrices(name):
+    # Two blocks or three scanned ones of four attention matrices 8 x 8, up 8 x 12 and down 12 x 8.
+    blocks = {"nnx_transformer": 2, "linen_scan": 3}[name]
+    expected = [((2 * blocks, 8, 12), "float32"), ((4 * blocks, 8, 8), "float32")]
+    assert calls_of(POLICIES.get(name, layout.flax), models.params(name)) == sorted(expected)
 
 
-def test_merge_transposed_joins_a_shape_with_its_transpose():
-    assert shapes_of_calls("nnx_transformer", merge_transposed=True) == [
-        (2, 8, 16), (4, 8, 12), (8, 8, 8)
-    ]  # fmt: skip
+def test_transposes_join_and_stay_tall_where_all_are_tall():
+    wide, tall = jnp.ones((8, 12)), jnp.ones((12, 8))
+    assert calls_of(layout.by_ndim, [wide, tall, wide]) == [((3, 8, 12), "float32")]
+    assert calls_of(layout.by_ndim, [tall, tall]) == [((2, 12, 8), "float32")]
 
 
-def test_dtypes_are_not_mixed_in_a_bucket():
+def test_dtypes_are_not_mixed_in_a_stack():
     tree = [jnp.ones((2, 3), dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float32)]
-    calls = []
-    out = layout.bucketed(lambda x: calls.append((x.shape, x.dtype)) or x, layout.by_ndim)(tree)
-    assert calls == [((2, 2, 3), jnp.float32), ((1, 2, 3), jnp.bfloat16)]
-    assert_same(out, tree)
+    expected = [((1, 2, 3), "bfloat16"), ((2, 2, 3), "float32")]
+    assert calls_of(layout.by_ndim, tree) == expected
+    assert_same(orthogonalized(lambda x: x, layout.by_ndim)(tree), tree)
 
 
-@pytest.mark.parametrize("applier", APPLIERS.values(), ids=APPLIERS)
-def test_a_function_that_changes_the_shape_is_an_error_that_names_the_leaf(applier):
-    apply = applier(lambda x: x[..., :1], layout.flax)
-    with pytest.raises(ValueError, match=r"fn must keep the shape .* at leaf 'a/kernel', got"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("on_matrix", r"fn must keep the shape .* at leaf 'a/kernel', got \(2, 1\)"),
+        ("orthogonalize", r"polar must keep the shape of its matrices, \(1, 2, 3\), got"),
+    ],
+)
+def test_a_function_that_changes_the_shape_is_an_error(name, message):
+    apply = APPLIERS[name](lambda x: x[..., :1], layout.flax)
+    with pytest.raises(ValueError, match=message):
         apply({"a": {"kernel": jnp.ones((2, 3))}})
 
 
@@ -207,18 +248,18 @@ def sharded_tree(axis_type):
 MESH_POLICY = layout.stacked("^(layers|experts)")
 
 
-@pytest.mark.parametrize("applier", APPLIERS.values(), ids=APPLIERS)
+@each_applier
 @pytest.mark.parametrize("in_context", [True, False])
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
-def test_types_and_values_are_kept_in_a_mesh(axis_type, in_context, applier):
+def test_types_and_values_are_kept_in_a_mesh(axis_type, in_context, name):
     mesh, tree = sharded_tree(axis_type)
+    fn, known = FUNCTIONS[name], {}
     local = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), tree)
-    want = layout.on_matrix(turned, MESH_POLICY)(local)
-    if in_context:
-        with jax.set_mesh(mesh):
-            got = jax.jit(applier(turned, MESH_POLICY))(tree)
-    else:
-        got = jax.jit(applier(turned, MESH_POLICY))(tree)
+    want = layout.on_matrix(fn, MESH_POLICY)(local)
+    if name == "orthogonalize" and axis_type == AxisType.Auto:
+        known = {"shardings": optlab.shardings_of(tree)}
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
+        got = jax.jit(APPLIERS[name](fn, MESH_POLICY, **known))(tree)
     assert jax.tree.map(jax.typeof, got) == jax.tree.map(jax.typeof, tree)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), got, want)
 
@@ -232,32 +273,22 @@ def test_a_view_of_single_axes_needs_no_reshape_and_no_collective():
     assert not any(name in compiled for name in ("all-gather", "all-to-all", "all-reduce"))
 
 
-def test_a_leaf_with_a_sharded_batch_axis_is_a_bucket_of_its_own():
-    _, tree = sharded_tree(AxisType.Explicit)
-    calls = []
-    apply = layout.bucketed(lambda x: calls.append(jax.typeof(x)) or x, MESH_POLICY)
-    jax.eval_shape(apply, {path: tree[path] for path in ("experts/kernel", "experts2/kernel")})
-    assert [(kind.shape, kind.sharding.spec) for kind in calls] == [
-        ((8, 8, 16), P("x", None, "y"))
-    ] * 2
-
-
-@pytest.mark.parametrize("applier", APPLIERS.values(), ids=APPLIERS)
-def test_varying_and_invariant_leaves_keep_their_types_in_shard_map(applier):
+@each_applier
+def test_varying_and_invariant_leaves_keep_their_types_in_shard_map(name):
+    fn = FUNCTIONS[name]
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     specs = {"w": P("x"), "v": P()}
-    body = jax.shard_map(
-        applier(turned, layout.by_ndim), mesh=mesh, in_specs=(specs,), out_specs=specs
-    )
+    apply = APPLIERS[name](fn, layout.by_ndim)
+    body = jax.shard_map(apply, mesh=mesh, in_specs=(specs,), out_specs=specs)
     tree = {"w": jnp.arange(64.0).reshape(16, 4), "v": jnp.arange(8.0).reshape(2, 4)}
     out = jax.jit(body)(tree)
-    np.testing.assert_array_equal(out["v"], turned(tree["v"]))
-    np.testing.assert_array_equal(out["w"], turned(tree["w"].reshape(8, 2, 4)).reshape(16, 4))
+    np.testing.assert_array_equal(out["v"], fn(tree["v"]))
+    np.testing.assert_array_equal(out["w"], fn(tree["w"].reshape(8, 2, 4)).reshape(16, 4))
 
 
-@pytest.mark.parametrize("applier", APPLIERS.values(), ids=APPLIERS)
-def test_vmap_over_trees_is_the_loop(applier):
-    apply = applier(turned, layout.by_ndim)
+@each_applier
+def test_vmap_over_trees_is_the_loop(name):
+    apply = APPLIERS[name](FUNCTIONS[name], layout.by_ndim)
     trees_ = {"w": jnp.arange(24.0).reshape(2, 3, 4), "v": jnp.arange(24.0).reshape(2, 4, 3)}
     one = [apply(jax.tree.map(lambda x, i=i: x[i], trees_)) for i in range(2)]
     assert_same(jax.vmap(apply)(trees_), jax.tree.map(lambda *xs: jnp.stack(xs), *one))
