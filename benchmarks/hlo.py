@@ -1,7 +1,9 @@
 """Counts in the text of a compiled program."""
 
+import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 
 # Types have brackets of all kinds and spaces only inside them, as after the commas of a tuple.
 _OPCODE = re.compile(r"[)}\]] ([a-z][\w\-]*)\(")
@@ -16,7 +18,14 @@ _FREE = {
     "async-update",
 }  # fmt: skip
 _CONTROL = {"call", "conditional", "while", "async-start"}
-_COLLECTIVE = re.compile(r"^(all-|reduce-scatter|collective-|ragged-all).*(?<!-done)$")
+# A pair of -start and -done counts at its end, whose type is that of the result alone.
+_COLLECTIVE = re.compile(
+    r"^(all-gather|all-reduce|all-to-all|reduce-scatter|ragged-all-to-all|collective-[a-z]+)"
+    r"(?:-done)?$"
+)
+_ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+# A TPU spreads a collective over several fusions, with one number for all of them.
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -39,28 +48,28 @@ def instructions(text: str) -> int:
     return text.count(" = ")
 
 
+def _walk(text: str, into: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield opcode and line of what runs in the entry, and in what the opcodes `into` call."""
+    computations, entry = _computations(text)
+    pending = [entry]
+    while pending:
+        for line in computations[pending.pop()]:
+            match = _OPCODE.search(line)
+            if not match:
+                raise ValueError(f"hlo: no opcode in {line.strip()[:200]!r}. Adapt _OPCODE.")
+            yield match[1], line
+            if match[1] in into:
+                for single, several in _CALLED.findall(line):
+                    called = (single or several).split(",")
+                    pending += [name.strip().lstrip("%") for name in called]
+
+
 def launched(text: str) -> Counter[str]:
     """Return the opcodes run from the entry and from the computations that it calls.
 
     The body of a loop counts once, the branches of a conditional all.
     """
-    computations, entry = _computations(text)
-    found: Counter[str] = Counter()
-
-    def walk(name: str) -> None:
-        for line in computations[name]:
-            match = _OPCODE.search(line)
-            if not match:
-                raise ValueError(f"hlo: no opcode in {line.strip()[:200]!r}. Adapt _OPCODE.")
-            opcode = match[1]
-            found[opcode] += 1
-            if opcode in _CONTROL:
-                for single, several in _CALLED.findall(line):
-                    for called in (single or several).split(","):
-                        walk(called.strip().lstrip("%"))
-
-    walk(entry)
-    return found
+    return Counter(opcode for opcode, _ in _walk(text, _CONTROL))
 
 
 def kernels(text: str) -> int:
@@ -69,5 +78,33 @@ def kernels(text: str) -> int:
 
 
 def collectives(text: str) -> int:
-    """Return the collectives, each counted where it starts."""
-    return sum(n for opcode, n in launched(text).items() if _COLLECTIVE.match(opcode))
+    """Return the number of collectives, each counted once."""
+    return collective_counts(text).total()
+
+
+def collective_counts(text: str) -> Counter[str]:
+    """Return the number of collectives of each kind."""
+    return Counter(kind for kind, _ in _collectives(text))
+
+
+def collective_bytes(text: str) -> Counter[str]:
+    """Return the bytes that collectives of each kind give to one device."""
+    found: Counter[str] = Counter()
+    for kind, result in _collectives(text):
+        found[kind] += sum(_nbytes(*array) for array in _ARRAY.findall(result))
+    return found
+
+
+def _collectives(text: str) -> Iterator[tuple[str, str]]:
+    """Yield kind and type of the result of each collective."""
+    chains = set()
+    for opcode, line in _walk(text, _CONTROL | {"fusion"}):
+        kind, chain = _COLLECTIVE.match(opcode), _CHAIN.search(line)
+        if kind and (chain is None or chain[1] not in chains):
+            chains.add(chain and chain[1])
+            result, _, _ = line.partition(" = ")[2].partition(f" {opcode}(")
+            yield kind[1], result
+
+
+def _nbytes(bits: str, dims: str) -> int:
+    return math.prod(int(n) for n in dims.split(",") if n) * int(bits or 8) // 8
