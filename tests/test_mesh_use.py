@@ -5,7 +5,18 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax.sharding import AxisType
-from mesh_problem import LAYOUT, LEAVES, RATES, loss, mesh_of, off, recipe, shardings_on, trees
+from mesh_problem import (
+    AXES,
+    LAYOUT,
+    LEAVES,
+    RATES,
+    loss,
+    mesh_of,
+    off,
+    recipe,
+    shardings_on,
+    trees,
+)
 
 import optlab
 
@@ -86,3 +97,29 @@ def test_describe_reads_sharded_parameters_and_state_sharding_any_wrapper(name):
     # A sum of gradients, an average of updates, and the method's own, twice.
     trees_held = {"lanton": 6}.get(name, 4)
     assert found == alike * trees_held
+
+
+def without(tree, key):
+    return {path: x for path, x in tree.items() if path != key}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_what_does_not_fit_the_parameters_is_refused_with_the_fix(name):
+    mesh = mesh_of(AxisType.Auto)
+    shardings, (params, grads, _) = shardings_on(mesh), trees(shardings_on(mesh))
+
+    def step(known, grads):
+        tx = recipe(name, known)
+        jax.eval_shape(lambda g, p: tx.update(g, tx.init(p), p), grads, params)
+
+    with pytest.raises(ValueError, match=f"^{name}: .*only in the parameters.*'up/kernel'"):
+        step(shardings, without(grads, "up/kernel"))
+    with pytest.raises(ValueError, match=r"no leaf 'up/kernel'.* Call optlab\.shardings_of"):
+        step(without(shardings, "up/kernel"), grads)
+    with pytest.raises(TypeError, match=r"every leaf, got P\(.* Write optlab\.shardings_of"):
+        step({key: spec for key, (_, spec) in LEAVES.items()}, grads)
+    uneven = shardings | {"up/kernel": shardings["up/kernel"].update(spec=(("data", "fsdp"), None))}
+    step(uneven, grads)
+    uneven["layers/kernel"] = shardings["layers/kernel"].update(spec=(AXES, None))
+    with pytest.raises(ValueError, match=r"axis 0 of leaf 'layers/kernel'.* into 8 parts"):
+        step(uneven, grads)

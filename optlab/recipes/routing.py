@@ -47,9 +47,11 @@ def by_role(
         return routed(params).init(params)
 
     def update(updates, state, params=None, **extra_args):
-        # A missing gradient has no role: ask the parameters, where there are any.
-        seen = updates if params is None else params
-        return routed(seen).update(updates, state, params, **extra_args)
+        if params is None:
+            return routed(updates).update(updates, state, None, **extra_args)
+        _leafwise.aligned(name, updates, ("the parameters", params))
+        # A missing gradient has no role: ask the parameters.
+        return routed(params).update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
