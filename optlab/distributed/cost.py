@@ -136,7 +136,7 @@ def _whole(work: Work, scheme: str, start: int, stop: int, *, replicas: int) -> 
     if split:
         collectives.append(Collective("all-to-all", 1 + whole, (1 + whole) * each * work.size))
     if whole and replicas > 1:
-        back = each * replicas * work.size // work.shards
+        back = each * replicas * work.size
         collectives.append(Collective("all-gather", 1, back))
     if not whole and devices > 1:  # one number per matrix
         back = 4 * each * (work.shards * split + devices * (replicas > 1))
