@@ -175,7 +175,7 @@ class NewtonSchulz:
         return _added(b, r, c, self._product(r, r)) if c else b * r
 
     def _product(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.matmul(x, y, precision=self.precision, preferred_element_type=x.dtype)
+        return _rounded(jnp.matmul(x, y, precision=self.precision, preferred_element_type=x.dtype))
 
     def _normalized(self, r: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the Gram matrix of the normalized X, and the factors of X's short side."""
@@ -208,7 +208,16 @@ def _added(a: float, x: jax.Array, b: float, y: jax.Array) -> jax.Array:
     matrices of 10 to 256 columns, direct form); so by 2 to 3 %.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return (a * x.astype(wide) + b * y.astype(wide)).astype(x.dtype)
+    return _rounded((a * x.astype(wide) + b * y.astype(wide)).astype(x.dtype))
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    """Return x; in bfloat16 really rounded, and stored so.
+
+    XLA would carry sums and products on in float32, in twice the memory: on the GPU 0.47 instead of
+    0.32 of the parameters' bytes for a GPT of 170 leaves.
+    """
+    return jax.lax.optimization_barrier(x) if jnp.finfo(x.dtype).bits < 32 else x
 
 
 def _bits_of_products(dtype: DTypeLike, precision: jax.lax.PrecisionLike) -> int:
