@@ -26,6 +26,7 @@ _COLLECTIVE = re.compile(
 _ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 # A TPU spreads a collective over several fusions, with one number for all of them.
 _CHAIN = re.compile(r'chain_id="(\d+)"')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -48,28 +49,35 @@ def instructions(text: str) -> int:
     return text.count(" = ")
 
 
-def _walk(text: str, into: set[str]) -> Iterator[tuple[str, str]]:
-    """Yield opcode and line of what runs in the entry, and in what the opcodes `into` call."""
+def _walk(text: str, into: set[str]) -> Iterator[tuple[str, str, int]]:
+    """Yield what runs in the entry and in what the opcodes `into` call: opcode, line, how often."""
     computations, entry = _computations(text)
-    pending = [entry]
+    pending = [(entry, 1)]
     while pending:
-        for line in computations[pending.pop()]:
+        name, times = pending.pop()
+        for line in computations[name]:
             match = _OPCODE.search(line)
             if not match:
                 raise ValueError(f"hlo: no opcode in {line.strip()[:200]!r}. Adapt _OPCODE.")
-            yield match[1], line
+            yield match[1], line, times
             if match[1] in into:
+                trips = _TRIPS.search(line) if match[1] == "while" else None
+                inside = times * int(trips[1]) if trips else times
                 for single, several in _CALLED.findall(line):
                     called = (single or several).split(",")
-                    pending += [name.strip().lstrip("%") for name in called]
+                    pending += [(name.strip().lstrip("%"), inside) for name in called]
 
 
 def launched(text: str) -> Counter[str]:
     """Return the opcodes run from the entry and from the computations that it calls.
 
-    The body of a loop counts once, the branches of a conditional all.
+    The body of a loop counts as often as the text says that it runs, which a GPU's does and a TPU's
+    does not: then once. The branches of a conditional count all.
     """
-    return Counter(opcode for opcode, _ in _walk(text, _CONTROL))
+    found: Counter[str] = Counter()
+    for opcode, _, times in _walk(text, _CONTROL):
+        found[opcode] += times
+    return found
 
 
 def kernels(text: str) -> int:
@@ -84,26 +92,29 @@ def collectives(text: str) -> int:
 
 def collective_counts(text: str) -> Counter[str]:
     """Return the number of collectives of each kind."""
-    return Counter(kind for kind, _ in _collectives(text))
+    found: Counter[str] = Counter()
+    for kind, _, times in _collectives(text):
+        found[kind] += times
+    return found
 
 
 def collective_bytes(text: str) -> Counter[str]:
     """Return the bytes that collectives of each kind give to one device."""
     found: Counter[str] = Counter()
-    for kind, result in _collectives(text):
-        found[kind] += sum(_nbytes(*array) for array in _ARRAY.findall(result))
+    for kind, result, times in _collectives(text):
+        found[kind] += times * sum(_nbytes(*array) for array in _ARRAY.findall(result))
     return found
 
 
-def _collectives(text: str) -> Iterator[tuple[str, str]]:
-    """Yield kind and type of the result of each collective."""
+def _collectives(text: str) -> Iterator[tuple[str, str, int]]:
+    """Yield kind and type of the result of each collective, and how often it runs."""
     chains = set()
-    for opcode, line in _walk(text, _CONTROL | {"fusion"}):
+    for opcode, line, times in _walk(text, _CONTROL | {"fusion"}):
         kind, chain = _COLLECTIVE.match(opcode), _CHAIN.search(line)
         if kind and (chain is None or chain[1] not in chains):
             chains.add(chain and chain[1])
             result, _, _ = line.partition(" = ")[2].partition(f" {opcode}(")
-            yield kind[1], result
+            yield kind[1], result, times
 
 
 def _nbytes(bits: str, dims: str) -> int:
