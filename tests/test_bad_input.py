@@ -28,6 +28,12 @@ RECIPES = {
         *("adagrad_norm", "lars", "lamb", "sgd_sai", "allora"),
     )
 }
+# These route leaves by role, so a wrong leaf is refused in their own name or in its method's:
+# tests/test_orthogonal.py and tests/test_mesh_use.py.
+ORTHOGONAL = {
+    name: functools.partial(getattr(optlab, name), 0.1)
+    for name in ("muon", "normuon", "scion", "lanton")
+}
 # Who refuses a wrong argument or leaf: the recipe's first link that looks at it.
 FIRST = {
     "lion": "interpolate_momentum",
@@ -81,7 +87,7 @@ positive, nonnegative = "a number > 0", "a number >= 0"
 constructors = [
     *(
         _number(f"{name}-{label}", getattr(optlab, name), nonnegative, learning_rate=value)
-        for name in RECIPES
+        for name in (*RECIPES, *ORTHOGONAL)
         for label, value in {
             "rate_negative": -0.1,
             "rate_as_text": "0.1",
@@ -92,6 +98,41 @@ constructors = [
             "rate_an_optimizer": optax.sgd(0.1),
         }.items()
     ),
+    *(_number(f"{name}-b1_is_1", build, rate, b1=1) for name, build in ORTHOGONAL.items()),
+    *(
+        _number(f"{name}-{label}-{value}", build, must, **{label: value})
+        for name, build in ORTHOGONAL.items()
+        for label, value, must in (
+            ("polar", "muno", "one of 'keller'"),
+            ("polar", 5, "a name or a function"),
+            ("fallback", "adamw", "an optax.GradientTransformation"),
+            ("fallback_learning_rate", -1.0, nonnegative),
+            ("layout", "flax", "a function or None"),
+        )
+    ),
+    *(
+        _number(f"{name}-{label}-{value}", ORTHOGONAL[name], must, **{label: value})
+        for name in ("muon", "normuon")
+        for label, value, must in (
+            ("accumulation", "sums", "one of 'ema', 'sum', 'debiased'"),
+            ("scale", "kellr", "one of 'keller'"),
+            ("weight_decay", -0.1, nonnegative),
+            ("comm_dtype", "int8", "a floating dtype or None"),
+            ("chunk_bytes", 0, "a whole number >= 1"),
+            ("chunk_bytes", 1.5, "a whole number >= 1"),
+        )
+    ),
+    _number("decay_of_lanton", ORTHOGONAL["lanton"], nonnegative, weight_decay=-1),
+    _number("rms_zero", ORTHOGONAL["normuon"], positive, rms=0),
+    _number("b2_of_normuon", ORTHOGONAL["normuon"], rate, b2=1),
+    _number("eps_of_normuon", ORTHOGONAL["normuon"], positive, eps=0),
+    _number("alpha_zero", ORTHOGONAL["lanton"], positive, alpha=0),
+    _number("scheme_of_orthogonalize", optlab.orthogonalize, "one of 'auto'", scheme="all2all"),
+    _number("scheme_of_plan", optlab.plan, "one of 'auto'", params={}, scheme="all2all"),
+    _number("mode", optlab.scale_by_shape, "one of 'keller'", mode="moon"),
+    _number("norm", optlab.scale_by_lmo, "one of", norm="signs"),
+    _number("decay", optlab.debiased_ema, rate, decay=1.0),
+    _number("rms_negative", optlab.normalize_neurons, positive, rms=-1.0),
     _number("b1_is_1", RECIPES["lion"], rate, b1=1),
     _number("b2_is_1", RECIPES["adamp"], rate, b2=1.0),
     _number("b1_negative", RECIPES["lamb"], rate, b1=-0.1),

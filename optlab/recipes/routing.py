@@ -79,6 +79,7 @@ def decay(
     XLA may not leave out 0 p, which is NaN for an infinite p: for hundreds of leaves that shows in
     the time of compilation.
     """
+    _checks.check_nonnegative(name, weight_decay=weight_decay)
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return optax.identity()
     if cautious:

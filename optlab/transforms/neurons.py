@@ -1,6 +1,5 @@
 """Per-neuron normalization of orthogonalized updates (NorMuon)."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -81,11 +80,12 @@ def normalize_neurons(
         return NormalizeNeuronsState(_zeros(_neurons(matrices(params)), params))
 
     def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        found = list(matrices(updates))
-        _check_size(name, _neurons(found), state.nu)
-        leaves, views = [(path, u) for _, path, u, _ in found], [view for *_, view in found]
-        shapes = [u.shape for _, u in leaves]
+        del extra_args
+        # A missing gradient has no shape: the parameters, where they are given, know its place.
+        seen = list(matrices(updates if params is None else params))
+        _check_size(name, _neurons(seen), state.nu)
+        out, nu = jax.tree.leaves(updates, is_leaf=_leafwise.is_none), state.nu
+        here = [index for index, *_ in seen if out[index] is not None]
 
         numbers = {"b2": b2, "eps": eps, "rms": rms}
         # On an Explicit mesh a shard_map takes arrays, as injected numbers are, by argument only.
@@ -93,13 +93,14 @@ def normalize_neurons(
 
         def factors(squares, state):
             nu, arrays = state
-            return _factors(squares, nu, views, shapes, **(numbers | arrays))
+            by_index = dict(zip(here, squares, strict=True))
+            return _factors(by_index, nu, seen, **(numbers | arrays))
 
-        out, nu = jax.tree.leaves(updates, is_leaf=_leafwise.is_none), state.nu
-        if found:
-            rows = [view.rows for view in views]
+        if here:
+            leaves = [(path, out[index]) for index, path, *_ in seen if index in here]
+            rows = [view.rows for index, *_, view in seen if index in here]
             scaled, nu = sums.scale_by_sums(name, leaves, rows, factors, (nu, arrays), shardings)
-            for (index, *_), u in zip(found, scaled, strict=True):
+            for index, u in zip(here, scaled, strict=True):
                 out[index] = u
         treedef = jax.tree.structure(updates, is_leaf=_leafwise.is_none)
         return jax.tree.unflatten(treedef, out), NormalizeNeuronsState(nu)
@@ -107,29 +108,32 @@ def normalize_neurons(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _factors(squares, nu, views, shapes, b2, eps, rms) -> tuple[list[jax.Array], jax.Array]:
-    """Return the neurons' factors of every leaf, and the new mean squares of all."""
+def _factors(squares, nu, seen, *, b2, eps, rms) -> tuple[list[jax.Array], jax.Array]:
+    """Return the neurons' factors of every leaf with sums, and the new mean squares of all."""
     found, means, start = [], [], 0
-    for square, view, shape in zip(squares, views, shapes, strict=True):
-        m, n = view.dims(shape)
-        # A sum that overflowed would stay in nu for ever.
-        square = jnp.minimum(square, jnp.finfo(square.dtype).max / math.prod(shape))
-        mean = nu[start : start + square.size].reshape(square.shape)
-        mean = b2 * mean + (1 - b2) * square.astype(nu.dtype) / m
-        size = None if rms is None else rms * (m * n) ** 0.5
-        kept = [axis for axis in range(len(shape)) if axis not in view.rows]
-        found.append(_factor(square, mean, tuple(kept.index(a) for a in view.cols), eps, size))
+    for index, _, leaf, view in seen:
+        size = sums.size_of_sums(leaf.shape, view.rows)
+        mean = nu[start : start + size]
+        start += size
+        if index in squares:
+            # A sum that overflowed would stay in nu for ever.
+            largest = jnp.finfo(nu.dtype).max / leaf.size
+            square = jnp.minimum(squares[index].astype(nu.dtype), largest)
+            m, n = view.dims(leaf.shape)
+            mean = b2 * mean.reshape(square.shape) + (1 - b2) * square / m
+            norm = None if rms is None else rms * (m * n) ** 0.5
+            kept = [axis for axis in range(leaf.ndim) if axis not in view.rows]
+            found.append(_factor(square, mean, tuple(map(kept.index, view.cols)), eps, norm))
         means.append(mean.ravel())
-        start += square.size
     return found, jnp.concatenate(means)
 
 
-def _factor(square, mean, axes, eps, size) -> jax.Array:
+def _factor(square, mean, axes, eps, norm) -> jax.Array:
     """Return the factors of one leaf; the norms of its matrices need no pass of their own."""
     inverse = 1 / (jnp.sqrt(mean) + eps)
     after = jnp.sqrt(jnp.sum(square * inverse**2, axis=axes, keepdims=True))
-    if size is not None:
-        return inverse * norms.safe_divide(size, after)
+    if norm is not None:
+        return inverse * norms.safe_divide(norm, after)
     before = jnp.sqrt(jnp.sum(square, axis=axes, keepdims=True))
     return inverse * before / (after + eps)
 
