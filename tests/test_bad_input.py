@@ -130,7 +130,7 @@ constructors = [
     _number("scheme_of_orthogonalize", optlab.orthogonalize, "one of 'auto'", scheme="all2all"),
     _number("scheme_of_plan", optlab.plan, "one of 'auto'", params={}, scheme="all2all"),
     _number("mode", optlab.scale_by_shape, "one of 'keller'", mode="moon"),
-    _number("norm", optlab.scale_by_lmo, "one of", norm="signs"),
+    _number("norm_of_lmo", optlab.scale_by_lmo, "one of", norm="signs"),
     _number("decay", optlab.debiased_ema, rate, decay=1.0),
     _number("rms_negative", optlab.normalize_neurons, positive, rms=-1.0),
     _number("b1_is_1", RECIPES["lion"], rate, b1=1),
