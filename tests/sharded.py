@@ -74,6 +74,7 @@ def known(tree: Any) -> Any:
 class Run(NamedTuple):
     """A compiled update, what it gave, and what was planned."""
 
+    lowered: str
     update: Any
     out: Any
     plan: plan.Plan
@@ -88,9 +89,10 @@ def run(tree: Any, iteration: Any = "keller", **given: Any) -> Run:
     """Compile `orthogonalize` for a tree that is placed; trace it once."""
     given = {"layout": LAYOUT, "shardings": known(tree)} | given
     tx = optlab.orthogonalize(iteration, **given)
-    update = compiled(lambda tree: tx.update(tree, ())[0], tree)
+    lowered = jax.jit(lambda tree: tx.update(tree, ())[0]).lower(tree)
+    update = lowered.compile(QUICK)
     planned = optlab.plan(tree, polar=iteration, **given)
-    return Run(update, jax.block_until_ready(update(tree)), planned)
+    return Run(lowered.as_text(), update, jax.block_until_ready(update(tree)), planned)
 
 
 def check_numbers(got: Any, want: Any, tolerance: float = 1e-5) -> None:

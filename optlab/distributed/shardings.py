@@ -159,6 +159,11 @@ def placement_of(
         ours, mesh = tuple(a for a in ours if a not in context.manual_axes), context
     if not ours:
         return None
+    if len(sharding.spec) > leaf.ndim:
+        raise ValueError(
+            f"{name}: shardings have {len(sharding.spec)} axes for leaf '{path}' of shape "
+            f"{leaf.shape}. Call optlab.shardings_of on the very parameters that init is given."
+        )
     return _checked(name, path, leaf, Placement(mesh, _spec(sharding.spec, leaf.ndim, ours), ours))
 
 
