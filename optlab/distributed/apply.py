@@ -78,7 +78,8 @@ def matrix_values(
         work = cost.work_of(group, options.polar, itemsize, returns_matrices=False)
         steps = cost.choose(work, group.count, options.scheme, options.costs)
         held = [leaves[b.index][1] for b in group.blocks]
-        for b, values in zip(group.blocks, _measure(group, steps, held, fn, options), strict=True):
+        done = _measure(group, steps, held, fn, options, planned.chunk)
+        for b, values in zip(group.blocks, done, strict=True):
             out[b.index] = values
     return out
 
@@ -89,12 +90,13 @@ def _measure(
     leaves: Leaves,
     fn: Callable,
     options: plan.Options,
+    chunk: int,
 ) -> Leaves:
     dtype, team = options.stack_dtype(group.blocks[0].dtype), schemes.team_of(group)
 
     def body(*parts):
         stack, _ = _stacked(group, parts, dtype)
-        done = jnp.concatenate([schemes.measure(s, stack, fn, team) for s in steps])
+        done = jnp.concatenate([schemes.measure(s, stack, fn, team, chunk) for s in steps])
         values, start = [], 0
         for b, part in zip(group.blocks, parts, strict=True):
             shape = tuple(part.shape[axis] for axis in b.groups[0])
