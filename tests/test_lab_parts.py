@@ -191,6 +191,14 @@ def test_crossing_is_linear_between_evaluations(losses, where):
     assert report.crossing([0.0, 10.0, 20.0][: len(losses)], losses, 1.5) == where
 
 
+@pytest.mark.parametrize(
+    ("steps", "cell"),
+    [(None, "-"), (1000.0, "1000"), (612.4, "612 (39% fewer)"), (0.0, "0 (100% fewer)")],
+)
+def test_steps_to_the_target_say_how_many_fewer(steps, cell):
+    assert report._fewer(steps, 1000) == cell
+
+
 def test_labels_do_not_touch():
     spots = figure._spread([1.0, 1.01, 1.02, 3.0], 0.1)
     assert spots == sorted(spots)

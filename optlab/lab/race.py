@@ -16,7 +16,7 @@ from optlab.lab.config import BadInput, Config
 from optlab.lab.train import Problem, Runner, make_problem
 
 # One of each family beside the baseline.
-DEFAULT_OPTIMIZERS = ("adamw", "signum", "nap", "lars")
+DEFAULT_OPTIMIZERS = ("adamw", "muon", "normuon", "signum", "nap", "lars")
 DEFAULT_SCHEDULE = "wsd"
 
 

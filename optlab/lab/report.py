@@ -48,6 +48,14 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def _fewer(steps: float | None, of: int) -> str:
+    """Return the steps to the target, and how many fewer than all they are."""
+    if steps is None:
+        return "-"
+    saved = f" ({1 - steps / of:.0%} fewer)" if steps < of else ""
+    return f"{steps:.0f}{saved}"
+
+
 def live_row(runner: Runner, steps: int) -> tuple[str, ...]:
     """Return the cells of one optimizer while it runs."""
     curve = runner.curve
@@ -134,7 +142,7 @@ def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
                 name,
                 f"{results['config']['learning_rates'][name]:g}",
                 f"{losses['final']:.4f}" if diverged is None else f"diverged at step {diverged}",
-                _number(losses["steps_to_adamw"], ".0f"),
+                _fewer(losses["steps_to_adamw"], results["config"]["steps"]),
                 _number(timings["seconds_to_adamw"], ".1f"),
                 _number(timings["tokens_per_second"], ",.0f"),
                 _number(timings["optimizer_share"], ".1%"),
@@ -166,9 +174,9 @@ nats per byte on text held out from training.
 
 ![Held-out loss against steps and seconds](curves.png)
 
-Steps and seconds to AdamW's loss are read off the curves, linear between evaluations; seconds
-hold neither compilation nor evaluation. The optimizer's share is the time of the update alone
-over the time of the whole step.
+Steps and seconds to AdamW's final loss are read off the curves, linear between
+evaluations; seconds hold neither compilation nor evaluation. The optimizer's share is the time of
+the update alone over the time of the whole step.
 
 Preset {config["preset"]}, seed {results["seed"]}, on {results["device"]}. {used}.
 """
