@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+import optlab
 from benchmarks import hlo, methods, trees
 
 _H200 = """
@@ -48,12 +49,21 @@ def sharding(target: str) -> NamedSharding:
     return NamedSharding(Mesh(np.array(description.devices[:1]), ("x",)), PartitionSpec())
 
 
+def mesh(target: str, topology: str, axes: dict[str, int], kind: AxisType) -> Mesh:
+    """Return a mesh of all devices of a topology, as "v5e:2x4" for a TPU and "1x1x8" for GPUs."""
+    name = "topology_name" if target == "tpu" else "topology"
+    description = topologies.get_topology_desc(**_DESCRIPTIONS[target] | {name: topology})
+    devices = np.array(description.devices).reshape(tuple(axes.values()))
+    return Mesh(devices, tuple(axes), axis_types=(kind,) * len(axes))
+
+
 class Job(NamedTuple):
-    """A function to compile, its arguments as shapes, and how many of them are donated."""
+    """A function to compile, its arguments as shapes, and which of them are donated."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     donated: tuple[int, ...] = (0, 1)
+    out_shardings: Any = None
 
 
 def _placed(tree: Any, where: NamedSharding) -> Any:
@@ -75,6 +85,15 @@ def update_job(tx: optax.GradientTransformation, tree: Any, where: NamedSharding
     params = trees.shapes(tree, where)
     state = _placed(jax.eval_shape(tx.init, params), where)
     return Job(optimizer_step(tx), (params, state, params))
+
+
+def sharded_job(tx: optax.GradientTransformation, params: Any) -> Job:
+    """Return one optimizer step on shapes that have shardings; the state gets the parameters'."""
+    known = optlab.shardings_of(params)
+    where = optlab.state_sharding(tx, params, known)
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    state = jax.tree.map(place, jax.eval_shape(tx.init, params), where)
+    return Job(optimizer_step(tx), (params, state, params), out_shardings=(known, where))
 
 
 def race_job(name: str, where: NamedSharding) -> Job:
@@ -101,32 +120,58 @@ def race_job(name: str, where: NamedSharding) -> Job:
     return Job(chunk, _placed(arguments, where))
 
 
-def compile_job(job: Job) -> tuple[Any, Any, float]:
-    """Return the lowered program, the compiled one, and the seconds of compilation."""
-    lowered = jax.jit(job.function, donate_argnums=job.donated).lower(*job.arguments)
-    begin = time.perf_counter()
-    compiled = lowered.compile()
-    return lowered, compiled, time.perf_counter() - begin
+class Compiled(NamedTuple):
+    """A program, what it was compiled from, and the seconds that took."""
+
+    lowered: Any
+    program: Any
+    wall: float
+    cpu: float  # of all threads: on a busy machine it says more
+
+    @property
+    def text(self) -> str:
+        """The program as the compiler prints it."""
+        return self.program.as_text()
+
+    def costs(self, size: float) -> dict[str, Any]:
+        """Return what every row ends with; temporary memory in percent of `size` bytes."""
+        temp = self.program.memory_analysis().temp_size_in_bytes
+        return {
+            "temp %": round(100 * temp / size, 2),
+            "instructions": hlo.instructions(self.text),
+            "compile s": round(self.wall, 1),
+            "cpu s": round(self.cpu, 1),
+        }
 
 
-def measure(target: str, job: Job) -> dict[str, Any]:
-    """Return the counts of one compiled step; bytes and temp in relation to the parameters."""
+def compile_job(job: Job) -> Compiled:
+    """Compile a job, and take the time."""
+    jitted = jax.jit(job.function, donate_argnums=job.donated, out_shardings=job.out_shardings)
+    lowered = jitted.lower(*job.arguments)
+    wall, cpu = time.perf_counter(), time.process_time()
+    program = lowered.compile()
+    return Compiled(lowered, program, time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def measure(target: str, job: Job, *, bytes_count: bool) -> dict[str, Any]:
+    """Return the counts of one step on one device; bytes and temp in relation to the parameters.
+
+    Without `bytes_count` no bytes accessed: on trees of many leaves they say little.
+    """
     size = trees.size(job.arguments[0])
-    lowered, compiled, seconds = compile_job(job)
-    text = compiled.as_text()
+    done = compile_job(job)
     row: dict[str, Any] = {}
     if target == "tpu":
-        plain = lowered.compile(compiler_options=_NO_PREFETCH)
-        for head, program in {"bytes/param": compiled, "without prefetch": plain}.items():
-            row[head] = round(program.cost_analysis()["bytes accessed"] / size, 2)
+        plain = done.lowered.compile(compiler_options=_NO_PREFETCH) if bytes_count else None
+        for head, program in {"bytes/param": done.program, "without prefetch": plain}.items():
+            row[head] = round(_bytes(program) / size, 2) if bytes_count else None
     else:
-        row["kernels"] = hlo.kernels(text)
-    return row | {
-        "collectives": hlo.collectives(text),
-        "temp %": round(100 * compiled.memory_analysis().temp_size_in_bytes / (4 * size), 2),
-        "instructions": hlo.instructions(text),
-        "compile s": round(seconds, 1),
-    }
+        row["kernels"] = hlo.kernels(done.text)
+    return row | {"collectives": hlo.collectives(done.text)} | done.costs(4 * size)
+
+
+def _bytes(program: Any) -> float:
+    return program.cost_analysis()["bytes accessed"]
 
 
 def state_arrays(tx: optax.GradientTransformation, tree: Any) -> float:

@@ -98,12 +98,22 @@ def collective_counts(text: str) -> Counter[str]:
     return found
 
 
-def collective_bytes(text: str) -> Counter[str]:
-    """Return the bytes that collectives of each kind give to one device."""
+def collective_bytes(text: str, itemsize: int | None = None) -> Counter[str]:
+    """Return the bytes that collectives of each kind give to one device.
+
+    With `itemsize` as many as they would be if every element had that size.
+    """
+    bits = itemsize and str(8 * itemsize)
     found: Counter[str] = Counter()
     for kind, result, times in _collectives(text):
-        found[kind] += times * sum(_nbytes(*array) for array in _ARRAY.findall(result))
+        arrays = _ARRAY.findall(result)
+        found[kind] += times * sum(_nbytes(bits or own, dims) for own, dims in arrays)
     return found
+
+
+def named(counts: Counter[str]) -> str:
+    """Return "2 all-to-all" for {"all-to-all": 2}."""
+    return ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())) or "none"
 
 
 def _collectives(text: str) -> Iterator[tuple[str, str, int]]:

@@ -1,16 +1,20 @@
 """What is measured: every recipe, optax's method of the same name, and what each should cost."""
 
 import inspect
+import operator
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import optax
 
-from optlab import kappa, recipes
+from optlab import kappa, polar, recipes
 
 RATE = 1e-3
 WEIGHT_DECAY = 1e-2
 
-BASELINES = ("adamw", "lion", "signum", "adabelief", "lars", "lamb")
+BASELINES = ("adamw", "lion", "signum", "adabelief", "lars", "lamb", "contrib.muon")
+# What these cost is the products: judged on whole trees, beside optax.contrib.muon.
+MATRIX = ("muon", "normuon", "lanton", "scion")
 
 # Arrays of the parameters' shape that a method with norms has to read a second time, once it knows
 # them: adagrad_norm, sgd_sai (first step) g; allora p; lars g, p; lamb, adamp and nap the two
@@ -27,6 +31,9 @@ SLACK = 1.25
 # AdaGrad-Norm with its one norm, may launch what optax.adamw does.
 MOST_KERNELS = dict.fromkeys(("allora", "lamb", "lars", "nap", "sgd_sai"), 1145 // 2)
 MOST_KERNELS |= dict.fromkeys(("adamp", "sgdp"), 1145)
+# A quarter of optax.contrib.muon's 1564; one more for each of the 97 leaves that have a norm of
+# their own, 3 for each of 72 matrices that measure neurons, 6 where their noise is measured.
+MOST_KERNELS |= {"muon": 391, "scion": 391 + 97, "normuon": 391 + 3 * 72, "lanton": 488 + 6 * 72}
 
 
 def _call(make, **arguments) -> optax.GradientTransformation:
@@ -38,9 +45,19 @@ def _call(make, **arguments) -> optax.GradientTransformation:
     return make(RATE, **arguments)
 
 
+def plain(name: str) -> str:
+    """Return "muon" for "optax.contrib.muon" and for "muon[bfloat16]"."""
+    return name.split("[")[0].rpartition(".")[2]
+
+
+def of_matrices(name: str) -> bool:
+    """Tell whether a method orthogonalizes."""
+    return plain(name) in MATRIX
+
+
 def baseline(name: str) -> optax.GradientTransformation:
     """Return optax's method of that name, with the same decay."""
-    return _call(getattr(optax, name))
+    return _call(operator.attrgetter(name)(optax))
 
 
 KAPPAS: dict[str, kappa.Kappa] = {
@@ -51,10 +68,16 @@ KAPPAS: dict[str, kappa.Kappa] = {
 }
 
 
+POLARS: dict[str, polar.PolarFn] = {
+    "muon[bfloat16]": polar.keller(dtype=jnp.bfloat16),
+}
+
+
 def optimizers() -> dict[str, optax.GradientTransformation]:
-    """Return every recipe, and Lion-K with the elementwise functions beside Lion's own sign."""
+    """Return every recipe, and the forms of Lion-K and Muon that cost something else."""
     found = {name: _call(getattr(recipes, name)) for name in recipes.__all__}
-    return found | {name: _call(recipes.lion_k, kappa=k) for name, k in KAPPAS.items()}
+    found |= {name: _call(recipes.lion_k, kappa=k) for name, k in KAPPAS.items()}
+    return found | {name: _call(recipes.muon, polar=p) for name, p in POLARS.items()}
 
 
 class Bound(NamedTuple):

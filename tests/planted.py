@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 import optlab
+from optlab import _leafwise
 from optlab.testing import random_like
 
 ArrayLike = jax.typing.ArrayLike
@@ -104,6 +105,14 @@ def counts_its_builds():
         return stateless(lambda u, p: factor * u)()
 
     return make
+
+
+def mixes_equal_shapes_up(params):
+    """Return zeros that lie where the first leaf of their shape lies."""
+    first = {}
+    for p in jax.tree.leaves(params):
+        first.setdefault(p.shape, p)
+    return jax.tree.map(lambda p: _leafwise.zeros_like(first[p.shape]), params)
 
 
 def scales_arrays_in_place(updates, params):

@@ -26,7 +26,7 @@ embedding          (16, 8)    float32   embedding  in(0) -> out(1)    matrix  Sc
 
 3 leaves, 200 parameters, 784 bytes
 state: 1,556 bytes = 1,552 in leaves (7.76 per parameter) + 4 shared
-"""
+"""  # noqa: E501
 
 
 def label(params):

@@ -30,6 +30,7 @@ from planted import (
     hides_params,
     identity,
     ignores_a_hyperparameter,
+    mixes_equal_shapes_up,
     momentum,
     norm,
     normalizes_over_the_batch,
@@ -132,7 +133,11 @@ TEETH = {
     ),
     "wrapper_forwards": both(forwards, hides_params, drops_extra_args, tags={"wrapper"}),
     "state_sharding": both(momentum, with_state(tree_map(lambda p: jnp.zeros(p.shape)))),
-    "state_sharding_under_jit": both(momentum, partial(optax.trace, 0.9)),
+    "state_sharding_under_jit": both(
+        momentum,
+        partial(optax.trace, 0.9),
+        with_state(mixes_equal_shapes_up),
+    ),
     "explicit_mesh": both(
         momentum,
         with_state(

@@ -13,6 +13,7 @@ from jax.sharding import (
     PartitionSpec,
     Sharding,
     SingleDeviceSharding,
+    reshard,
 )
 
 from optlab import layout as _layout
@@ -192,3 +193,15 @@ def _checked(name: str, path: str, leaf: Any, placement: Placement) -> Placement
                 "Call optlab.shardings_of on the very parameters that init is given."
             )
     return placement
+
+
+def everywhere(values: jax.Array, mesh: Any = None) -> jax.Array:
+    """Return the values replicated over an Explicit mesh, their own if none is named.
+
+    Their type says so too. On other meshes they are what they are.
+    """
+    mesh = mesh or jax.typeof(values).sharding.mesh
+    wanted = NamedSharding(mesh, PartitionSpec())
+    if AxisType.Explicit not in mesh.axis_types or jax.typeof(values).sharding == wanted:
+        return values
+    return reshard(values, wanted)

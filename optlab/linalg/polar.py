@@ -180,12 +180,8 @@ class NewtonSchulz:
     def _normalized(self, r: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the Gram matrix of the normalized X, and the factors of X's short side."""
         exact = r.astype(jnp.promote_types(r.dtype, jnp.float32))
+        # A norm that overflowed makes the matrix zero, as dividing by infinity would.
         scale = 1 / self._guarded(_size(exact, self.normalization))
-        # A norm that overflowed makes the matrix zero, as dividing by infinity would. Only the
-        # diagonal shows it: the sums beside it may be infinity minus infinity. Masked, not taken
-        # out: a TPU gathers from a copy of the batch with its axis padded to 128.
-        over = jnp.isinf(exact) & (_eye(exact) != 0)
-        scale = jnp.where(jnp.any(over, axis=(-2, -1))[..., None], 0, scale)
         exact = jnp.where(scale[..., None] == 0, 0, exact * scale[..., :, None])
         return (exact * scale[..., None, :]).astype(r.dtype), scale.astype(r.dtype)
 
@@ -240,11 +236,15 @@ def _check(good: bool, argument: str, must: str, value: object) -> None:
 
 def _size(r: jax.Array, normalization: str) -> jax.Array:
     """Return what X is divided by, from its Gram matrix: (..., 1), or (..., n) for AOL."""
+    trace = jnp.trace(r, axis1=-2, axis2=-1)[..., None]
+    if normalization == "frobenius":
+        return jnp.sqrt(trace)
     if normalization == "aol":
-        return jnp.sqrt(jnp.sum(jnp.abs(r), axis=-1))
-    if normalization == "schatten":
-        return jnp.sqrt(jnp.sqrt(jnp.sum(r * r, axis=(-2, -1))))[..., None]
-    return jnp.sqrt(jnp.trace(r, axis1=-2, axis2=-1))[..., None]
+        size = jnp.sqrt(jnp.sum(jnp.abs(r), axis=-1))
+    else:
+        size = jnp.sqrt(jnp.sqrt(jnp.sum(r * r, axis=(-2, -1))))[..., None]
+    # Of what overflowed the diagonal is infinite, and sums beside it infinity minus infinity.
+    return jnp.where(jnp.isinf(trace), jnp.inf, size)
 
 
 def keller(steps: int = 5, **options: Any) -> NewtonSchulz:

@@ -63,8 +63,13 @@ def check_state_sharding(case: Case) -> None:
 
 @applies(unless=["stateless"])
 def check_state_sharding_under_jit(case: Case) -> None:
-    """On an Auto mesh, `jax.jit(init)` does so too, where XLA is free to replicate."""
-    params = _placed(mesh_of(AxisType.Auto), case.tree)
+    """On an Auto mesh, `jax.jit(init)` does so too, where XLA is free to replicate.
+
+    Equal shapes with other shardings are not mixed up.
+    """
+    mesh = mesh_of(AxisType.Auto)
+    whole = jax.device_put(case.tree, NamedSharding(mesh, P()))
+    params = {"sharded": _placed(mesh, case.tree), "whole": whole}
     _check_state_follows(jax.jit(case.tx.init)(params), params, "init under jit")
 
 

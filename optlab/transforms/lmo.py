@@ -104,7 +104,8 @@ def scale_by_lmo(
     Args:
       norm: one of the names above. (static)
       eps: added to what divides, >= 0; the signs have none.
-      layout: which axes are inputs and outputs; stacked layers get balls of their own. (static)
+      layout: which axes are inputs and outputs; stacked matrices get balls of their own, stacked
+        vectors, which have no view, share one. (static)
 
     Returns:
       A stateless transformation with an output of norm 1; zero stays zero.

@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 from jax.typing import ArrayLike
 
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
 from optlab.distributed import plan as _plan
 from optlab.distributed import sums
+from optlab.distributed.shardings import everywhere
 from optlab.linalg import norms
 
 
@@ -145,10 +145,7 @@ def _neurons(found) -> int:
 def _zeros(size: int, params: Any) -> jax.Array:
     """Return the vector of all neurons, in the type that update gives it."""
     zeros, leaves = jnp.zeros((size,), _leafwise.scalar_dtype(params)), jax.tree.leaves(params)
-    mesh = jax.typeof(leaves[0]).sharding.mesh if leaves else None
-    if mesh is None or AxisType.Explicit not in mesh.axis_types:
-        return zeros
-    return reshard(zeros, NamedSharding(mesh, PartitionSpec()))
+    return everywhere(zeros, jax.typeof(leaves[0]).sharding.mesh) if leaves else zeros
 
 
 def _check_size(name: str, size: int, nu: jax.Array) -> None:

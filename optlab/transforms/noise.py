@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 from jax.typing import ArrayLike, DTypeLike
 
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
 from optlab.distributed import apply
 from optlab.distributed.options import matrix_options
+from optlab.distributed.shardings import everywhere
 from optlab.linalg.norms import safe_divide
 from optlab.linalg.polar import PolarFn
 from optlab.transforms import lmo
@@ -150,7 +150,9 @@ def _squares(
             "Pass gradients of the very parameters that init was given."
         )
     values = dual_norms([(m, d) for m, d in leaves if d is not None])
-    column = [jnp.zeros(m.count) if d is None else _vector(next(values)) for m, d in leaves]
+    column = [
+        jnp.zeros(m.count) if d is None else everywhere(next(values)).ravel() for m, d in leaves
+    ]
     found = jnp.concatenate([v.astype(noise.dtype) for v in column]) if column else noise
     # A square that overflows would make 0/0 of the factors of its group.
     found = jnp.minimum(found * found, jnp.finfo(noise.dtype).max / 2)
@@ -167,14 +169,6 @@ def _scale(name: str, updates: Any, measured: Any, factors: jax.Array) -> Any:
     others = (jax.tree.unflatten(treedef, leaves),)
     times = lambda _, u, p, f: (u if f is None else f * u,)  # noqa: E731
     return _leafwise.leafwise(name, times, updates, others=others)[0]
-
-
-def _vector(values: jax.Array) -> jax.Array:
-    """Return the values as one vector, whole on every device in an Explicit mesh too."""
-    mesh = jax.typeof(values).sharding.mesh
-    if AxisType.Explicit in mesh.axis_types:
-        values = reshard(values, NamedSharding(mesh, PartitionSpec()))
-    return values.ravel()
 
 
 def noise_multipliers(
