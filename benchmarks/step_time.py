@@ -18,17 +18,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from benchmarks import hlo, methods, table, trees
+from benchmarks import handwritten_matrices, hlo, methods, table, trees
 from benchmarks.handwritten import BY_NAME, IN_PLACE, Handwritten
 
 RESULTS = Path(__file__).parent / "results" / "step_time"
 SEED = 0
 TURNS, STEPS = 21, 5
+# A step of matrices takes half a second.
+MATRIX_TURNS, MATRIX_STEPS = 11, 1
 # Of the way gone in three steps, in float32; a sign may turn where a momentum is next to zero.
 TOLERANCE = 1e-3
 # optax's LARS divides by another norm, its Signum has no decay.
 SAME_IN_OPTAX = ("adabelief", "lamb", "lion")
+FORMS = BY_NAME | handwritten_matrices.BY_NAME
 
 
 class Runner:
@@ -72,12 +76,33 @@ def _of_optax(tx: Any) -> Handwritten:
 
 def _forms(name: str) -> dict[str, Handwritten]:
     """Return the forms of one method, the recipe first."""
-    forms = {"optlab": _of_optax(methods.optimizers()[name]), "by hand": BY_NAME[name]}
+    forms = {"optlab": _of_optax(methods.optimizers()[name]), "by hand": FORMS[name]}
     if name in IN_PLACE:
         forms["in place"] = IN_PLACE[name]
     if name in SAME_IN_OPTAX:
         forms["optax"] = _of_optax(methods.baseline(name))
+    if name == "muon":
+        forms["optax"] = _of_optax(_muon_of_optax())
     return forms
+
+
+def _muon_of_optax() -> optax.GradientTransformation:
+    """Return it with the leaves divided as ours are, and our rate of AdamW.
+
+    Its momentum is debiased: of the first steps it mixes another share of the gradient in.
+    """
+    sides = optax.contrib.MuonDimensionNumbers()
+
+    def dimensions(params: Any) -> Any:
+        of = lambda path, p: sides if "kernel" in jax.tree_util.keystr(path) else None  # noqa: E731
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    return optax.contrib.muon(
+        methods.RATE,
+        weight_decay=methods.WEIGHT_DECAY,
+        adam_learning_rate=0.015 * methods.RATE,
+        muon_weight_dimension_numbers=dimensions,
+    )
 
 
 def _distance(a: Any, b: Any) -> float:
@@ -89,6 +114,8 @@ def _check_same(name: str, runners: dict[str, Runner]) -> None:
     """Refuse to compare what does not compute the same."""
     start, wanted = trees.normal(trees.gpt196(), SEED, 0.02), runners["optlab"].params
     for form, runner in runners.items():
+        if form == "optax" and name not in SAME_IN_OPTAX:
+            continue
         gap = _distance(wanted, runner.params) / _distance(wanted, start)
         if not gap < TOLERANCE:
             raise AssertionError(f"step_time: {name} {form} lands {gap:g} of the way off.")
@@ -96,6 +123,7 @@ def _check_same(name: str, runners: dict[str, Runner]) -> None:
 
 def compare(name: str, turns: int) -> Iterator[dict[str, Any]]:
     """Yield a row per form of one method, the recipe first."""
+    steps = MATRIX_STEPS if methods.of_matrices(name) else STEPS
     runners = {form: Runner(optimizer) for form, optimizer in _forms(name).items()}
     for runner in runners.values():
         runner.milliseconds(3)
@@ -104,7 +132,7 @@ def compare(name: str, turns: int) -> Iterator[dict[str, Any]]:
     for turn in range(turns):
         # Forwards and backwards, so that none always runs after the same one.
         for form in list(runners)[:: -1 if turn % 2 else 1]:
-            times[form].append(runners[form].milliseconds(STEPS))
+            times[form].append(runners[form].milliseconds(steps))
     others = [form for form in runners if form != "optlab"]
     fastest = min(others, key=lambda form: np.median(times[form]))
     for form, runner in runners.items():
@@ -121,12 +149,13 @@ def compare(name: str, turns: int) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_time", description=__doc__)
     parser.add_argument("names", nargs="*", help="recipes; all where none is named")
-    parser.add_argument("--turns", type=int, default=TURNS)
+    parser.add_argument("--turns", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for name in asked.names or methods.optimizers():
-        for row in compare(name, asked.turns):
+    for name in asked.names or sorted(FORMS):
+        turns = MATRIX_TURNS if methods.of_matrices(name) else TURNS
+        for row in compare(name, asked.turns or turns):
             print(", ".join(f"{head} {value}" for head, value in row.items()), flush=True)
             rows.append(row)
         gc.collect()
@@ -134,8 +163,9 @@ def main() -> None:
     device = f"{os.cpu_count()} CPU cores" if first.platform == "cpu" else first.device_kind
     notes = (
         "GPT of 196 leaves, 11.8 M float32 parameters, donated. `ratio`: to the fastest of the "
-        f"other forms, median over {asked.turns} turns of {STEPS} steps each. `temp %`: of the "
-        "parameters' bytes. `in place` overwrites the weights in the middle of the step, which an "
+        f"other forms, median over {asked.turns or TURNS} turns of {STEPS} steps each, of "
+        f"{asked.turns or MATRIX_TURNS} of {MATRIX_STEPS} for what orthogonalizes. `temp %`: of "
+        "the parameters' bytes. `in place` overwrites the weights in the middle of the step, which an "
         "optax transformation, whose updates are added to them, cannot do."
     )
     table.write(asked.out, "Time of one step", table.about(device, SEED), rows, notes)
