@@ -165,8 +165,8 @@ def main() -> None:
         "GPT of 196 leaves, 11.8 M float32 parameters, donated. `ratio`: to the fastest of the "
         f"other forms, median over {asked.turns or TURNS} turns of {STEPS} steps each, of "
         f"{asked.turns or MATRIX_TURNS} of {MATRIX_STEPS} for what orthogonalizes. `temp %`: of "
-        "the parameters' bytes. `in place` overwrites the weights in the middle of the step, which an "
-        "optax transformation, whose updates are added to them, cannot do."
+        "the parameters' bytes. `in place` overwrites the weights in the middle of the step, which "
+        "an optax transformation, whose updates are added to them, cannot do."
     )
     table.write(asked.out, "Time of one step", table.about(device, SEED), rows, notes)
 

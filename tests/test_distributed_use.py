@@ -103,7 +103,9 @@ def test_chunks_take_less_memory_for_the_same_numbers(name):
     taken = [done.update.memory_analysis().temp_size_in_bytes for done in (whole, less)]
     assert taken[1] < share * taken[0], taken
     groups = len(less.plan.groups)
-    assert less.lowered.count("optimization_barrier") == groups - 1
+    # One where a group waits for another, one where its leaves are taken apart.
+    several = sum(len(planned.group.blocks) > 1 for planned in less.plan.groups)
+    assert less.lowered.count("optimization_barrier") == groups - 1 + several
     dots = [done.text.count(" dot(") for done in (whole, less)]
     assert dots[1] == dots[0] * groups
 

@@ -126,11 +126,6 @@ class Group:
         return self.placement.size(self.placement.replicated) if self.placement else 1
 
 
-# On one device. An update taken out of a stack is a kernel that knows its place: 400 leaves in
-# one stack are 400 kernels for a CPU to compile, in stacks of 24 they are 24.
-_MOST_LEAVES = 24
-
-
 def groups(blocks: Iterable[Block], itemsize: Callable[[Any], int], cap: int) -> list[Group]:
     """Return the buckets, largest first, cut into groups of at most `cap` bytes on one device.
 
@@ -156,10 +151,8 @@ def _size(group: Group) -> int:
 def _cut(bucket: list[Block], most: int, spread: int) -> list[Group]:
     """Cut a bucket into groups of about equal size, of `most` matrices at most."""
     bucket = sorted(bucket, key=lambda b: b.swapped)  # groups of one orientation need no transpose
-    total, local = sum(b.count for b in bucket), bucket[0].placement is None
+    total = sum(b.count for b in bucket)
     pieces = math.ceil(total / most)
-    if local:
-        pieces = max(pieces, math.ceil(len(bucket) / _MOST_LEAVES))
     target = math.ceil(math.ceil(total / pieces) / spread) * spread
     cut: list[list[Block]] = [[]]
     for b in bucket:
