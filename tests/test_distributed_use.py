@@ -1,6 +1,7 @@
 """`orthogonalize` as it is used on a mesh: dtypes, chunks, jit or none, shard_map, mixed meshes."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -229,8 +230,10 @@ def test_a_number_per_matrix_costs_half_the_way_and_comes_to_every_device(name):
     asked = options.matrix_options("test", SHORT, sharded.LAYOUT, scheme=scheme)
     known = optlab.shardings_of(tree)
 
+    norms = partial(jnp.linalg.norm, axis=(-2, -1))
+
     def values(tree):
-        return apply.matrix_values("test", jnp.linalg.norm, plan.named_leaves(tree), known, asked)
+        return apply.matrix_values("test", norms, plan.named_leaves(tree), known, asked)
 
     update = sharded.compiled(values, tree)
     for found, leaf in zip(update(tree), tree.values(), strict=True):

@@ -91,7 +91,7 @@ def matrix_values(
     shardings: Any,
     options: plan.Options,
 ) -> Leaves:
-    """Return fn(matrix), a number, for every matrix: arrays of the batch axes of each leaf.
+    """Return a number for every matrix, by fn of stacks (..., m, n): arrays of a leaf's batch axes.
 
     None stands for a leaf without a view.
     """

@@ -18,7 +18,7 @@ from optlab.linalg.polar import NewtonSchulz, PolarFn
 # Parts of the matrices' bytes that are stacked at a time. A stack and what is computed from it take
 # about twice their size: a sixth keeps the whole under 0.35 of the parameters.
 _PARTS = 6
-_LEAST = 8 * 2**20  # below, memory is no concern, and every group is a program to compile
+_LEAST = 16 * 2**20  # below, memory is no concern, and every group is a program to compile
 
 
 class Options(NamedTuple):

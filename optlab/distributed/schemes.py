@@ -65,7 +65,10 @@ def measure(step: Step, x: jax.Array, fn: Callable, team: Team, chunk: int) -> j
     x, count = x[step.start : step.stop], step.stop - step.start
     x = _my_share(_padded(x, team.size * step.replicas), step, team)
     x = _exchange(x, team, 1) if team.size > 1 else x
-    at_a_time = lambda most: partial(jax.lax.map, fn, batch_size=_divisor(len(x), most))  # noqa: E731
+
+    def at_a_time(most: int) -> Callable:
+        return fn if len(x) <= most else partial(jax.lax.map, fn, batch_size=_divisor(len(x), most))
+
     # On a TPU fewer, as in `in_chunks`.
     values = jax.lax.platform_dependent(
         x, tpu=at_a_time(max(1, chunk // 2)), default=at_a_time(chunk)
@@ -161,6 +164,7 @@ def in_chunks(fn: PolarFn, x: jax.Array, most: int) -> jax.Array:
     stops it: 0.13 instead of 0.43 of the parameters' bytes on a GPT of 34 leaves. On a GPU a loop
     saves nothing, as its stack is copied, and its kernels are launched again for every chunk.
     """
+    fn = in_cache(fn)
     if len(x) > most:
         return _loop(fn, x, most)
     if len(x) == 1 or 2 * len(x) <= most:
@@ -170,6 +174,25 @@ def in_chunks(fn: PolarFn, x: jax.Array, most: int) -> jax.Array:
         tpu=lambda stack: _loop(fn, stack, max(1, most // 2)),
         default=lambda stack: _checked(fn, stack),
     )
+
+
+# Bytes of a stack that a CPU takes as a whole, and of a matrix that it takes alone.
+_SMALL_STACK, _LARGE_MATRIX = 8 * 2**20, 2**18
+
+
+def in_cache(fn: PolarFn) -> PolarFn:
+    """Return `fn` for stacks, which a CPU takes one by one where they are large.
+
+    The products of one matrix stay in its cache: a step of Muon takes 0.87 of the time and half of
+    the memory on a GPT of width 256, on two cores.
+    """
+
+    def of_stack(x: jax.Array) -> jax.Array:
+        if x.nbytes <= _SMALL_STACK or x.nbytes < _LARGE_MATRIX * len(x):
+            return fn(x)
+        return jax.lax.platform_dependent(x, cpu=partial(jax.lax.map, fn), default=fn)
+
+    return of_stack
 
 
 def _loop(fn: PolarFn, x: jax.Array, most: int) -> jax.Array:

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
-from optlab.distributed import apply
+from optlab.distributed import apply, schemes
 from optlab.distributed.options import matrix_options
 from optlab.distributed.shardings import everywhere
 from optlab.linalg.norms import safe_divide
@@ -188,6 +188,7 @@ def noise_multipliers(
 
 
 def _attained(polar: PolarFn) -> Callable[[jax.Array], jax.Array]:
+    polar = schemes.in_cache(polar)
     return lambda x: jnp.sum(x.astype(_leafwise.widen(x.dtype)) * polar(x), (-2, -1))
 
 
