@@ -8,8 +8,8 @@ compile, beside optax's. Writes benchmarks/results/orthogonalize{,_compile}.{jso
 """
 
 import argparse
-import itertools
 import dataclasses
+import itertools
 import os
 import time
 from collections.abc import Iterator
