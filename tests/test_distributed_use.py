@@ -1,6 +1,7 @@
 """`orthogonalize` as it is used on a mesh: dtypes, chunks, jit or none, shard_map, mixed meshes."""
 
 import re
+from collections import Counter
 from functools import partial
 
 import jax
@@ -200,9 +201,9 @@ def test_inside_a_shard_map_over_one_axis_the_other_one_shares_the_work(kind):
         axis_names={"x"},
     )
     update = sharded.compiled(mapped, tree)
-    # On an Explicit mesh JAX itself gathers what such a shard_map takes and gives.
-    by_jax = {"all-gather": 2} if kind == EXPLICIT else {}
-    assert hlo.collective_counts(update.as_text()) == {"all-to-all": 2} | by_jax
+    # On an Explicit mesh JAX 0.10.2 itself gathers what such a shard_map takes and gives.
+    by_jax = Counter({"all-gather": 2} if kind == EXPLICIT else {})
+    assert hlo.collective_counts(update.as_text()) - by_jax == {"all-to-all": 2}
     check_parts(update(tree), tree, 4)
 
 
