@@ -95,7 +95,7 @@ class _Measured:
         return values.reshape(tuple(kept))
 
 
-def _labels(name: str, groups: Groups, tree: Any) -> Any:
+def labels_of(name: str, groups: Groups, tree: Any) -> Any:
     """Return a tree of group labels, or None where they do not come from a tree."""
     if groups is None or callable(groups):
         return None
@@ -113,7 +113,7 @@ def _measured(
     name: str, tree: Any, *, norms: Mapping[str, str], groups: Groups, layout: _layout.Policy
 ) -> Any:
     """Return a tree of `_Measured`, with None for a leaf without a norm or without elements."""
-    labels = _labels(name, groups, tree)
+    labels = labels_of(name, groups, tree)
 
     def one(key_path: Any, leaf: Any, label: Any = None) -> _Measured | None:
         path = _layout.path_str(key_path)
