@@ -189,7 +189,8 @@ def choose(selection: Selection, updates: Any, last: Any, count: jax.Array) -> t
         choice = _choose_entries(selection, updates)
         renew = lambda _, u, old, p, new: (u, jnp.where(first, new, old))  # noqa: E731
         _, chosen = _leafwise.leafwise(NAME, renew, updates, (last,), others=(choice,))
-        return chosen, chosen
+        present = lambda u, c: None if u is None else c  # noqa: E731
+        return chosen, jax.tree.map(present, updates, chosen, is_leaf=_leafwise.is_none)
     _leafwise.check_count(NAME, updates, last)
     choice = _choose_leaves(selection, updates, count // selection.every)
     chosen = jnp.where(first, choice, last)
