@@ -1,1 +1,1 @@
-"""The command line: `optlab race` and `optlab list`."""
+"""The command line: `optlab race`, `optlab list` and `optlab memory`."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from optlab.lab import catalog, config, race
+from optlab.lab import catalog, config, memory, race
 
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
@@ -80,14 +80,76 @@ class List:
     """Print the catalogue of optimizers."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Print the bytes of each optimizer's state for a model or a file; nothing is allocated."""
+
+    model: Word = None
+    """llama-60m, -130m, -350m, -1b, -7b, -13b, -70b, gpt2, -medium, -large, -xl, vit-b or vit-l."""
+    file: Path = None
+    """Parameters or their shapes: .pkl (its code is run), .npz, .safetensors, orbax checkpoint."""
+    optimizers: Annotated[Repeated, tyro.conf.arg(metavar="NAME,NAME", help_behavior_hint="")] = ()
+    """Whose state (default: everyone's); repeatable. `optlab list` prints the names."""
+    rank: Whole = None
+    """Rank of the low-rank recipes (default: a quarter of the model's width; a file: theirs)."""
+    dtype: Word = None
+    """Of the parameters: float32 (default of a model), bfloat16 or float16."""
+    stacked: Annotated[bool, Plain] = False
+    """A model's layers in one leaf, as `scan` wants them."""
+    subtree: Path = None
+    """Only what lies below this path in the file, such as params."""
+    layout: Word = None
+    """How a file's leaves are read: flax (default), per_head, by_ndim or output_first."""
+
+    def subject(self) -> memory.Subject:
+        """Return the parameters asked for."""
+        if self.rank is not None and self.rank < 1:
+            raise config.BadInput(f"memory: --rank must be at least 1, got {self.rank}.")
+        if (self.model is None) == (self.file is None):
+            raise config.BadInput(
+                f"memory: give --model or --file, got {'both' if self.model else 'neither'}. "
+                "Write for example --model llama-7b."
+            )
+        if self.model is not None:
+            self._refuse("--file", subtree=self.subtree, layout=self.layout)
+            return memory.of_model(
+                self.model, dtype=self.dtype, stacked=self.stacked, rank=self.rank
+            )
+        self._refuse("--model", stacked=self.stacked)
+        return memory.of_file(
+            str(self.file),
+            dtype=self.dtype,
+            subtree=self.subtree,
+            policy=self.layout,
+            rank=self.rank,
+        )
+
+    def _refuse(self, other: str, **given: Any) -> None:
+        for name, value in given.items():
+            if value:
+                raise config.BadInput(
+                    f"memory: --{name} belongs to {other}, got it without. Leave it out."
+                )
+
+
 def run(argv: list[str]) -> int:
     """Do what the command line says and return the exit code."""
     options = tyro.cli(
-        Race | List, prog="optlab", args=argv, config=(tyro.conf.FlagCreatePairsOff,)
+        Race | List | Memory, prog="optlab", args=argv, config=(tyro.conf.FlagCreatePairsOff,)
     )
-    if isinstance(options, List):
-        catalog.show()
-        return 0
+    match options:
+        case List():
+            catalog.show()
+            return 0
+        case Memory():
+            names = config.split_names(options.optimizers, "memory") if options.optimizers else ()
+            memory.show(options.subject(), names)
+            return 0
+        case Race():
+            return _race(options, argv)
+
+
+def _race(options: Race, argv: list[str]) -> int:
     try:
         race.run(options.asked(), out=options.out, resume=options.resume)
     except race.Interrupted:

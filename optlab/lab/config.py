@@ -94,14 +94,18 @@ def preset(name: str) -> dict[str, int]:
     return dict(PRESETS[name])
 
 
-def split_names(items: Iterable[str]) -> tuple[str, ...]:
+def split_names(items: Iterable[str], command: str = "race") -> tuple[str, ...]:
     """Turn ("a,b", "c") into ("a", "b", "c"); the same name twice is an error."""
     names = tuple(name.strip() for item in items for name in item.split(",") if name.strip())
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise BadInput(f"race: --optimizers must differ, got {twice[0]!r} twice. Write it once.")
+        raise BadInput(
+            f"{command}: --optimizers must differ, got {twice[0]!r} twice. Write it once."
+        )
     if not names:
-        raise BadInput("race: --optimizers is empty, got no name. Write for example adamw,lion.")
+        raise BadInput(
+            f"{command}: --optimizers is empty, got no name. Write for example adamw,lion."
+        )
     return names
 
 

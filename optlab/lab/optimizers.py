@@ -37,18 +37,21 @@ def names() -> tuple[str, ...]:
     return (*BASELINES, *recipes.__all__)
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """Return a question that ends an error: did you mean this one? Or nothing."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def check_names(asked: tuple[str, ...], option: str = "--optimizers") -> None:
+def check_names(
+    asked: tuple[str, ...], option: str = "--optimizers", command: str = "race"
+) -> None:
     """Refuse a name that is no optimizer, and say the nearest one that is."""
     for name in asked:
         if name not in names():
             raise BadInput(
-                f"race: {option} has no optimizer of that name, got {name!r}."
-                f"{_nearest(name, list(names()))} `optlab list` prints them all."
+                f"{command}: {option} has no optimizer of that name, got {name!r}."
+                f"{nearest(name, list(names()))} `optlab list` prints them all."
             )
 
 
@@ -57,7 +60,7 @@ def check_schedule(name: str) -> None:
     if name not in SCHEDULES:
         raise BadInput(
             f"race: --schedule must be one of {', '.join(SCHEDULES)}, got {name!r}."
-            f"{_nearest(name, list(SCHEDULES))}"
+            f"{nearest(name, list(SCHEDULES))}"
         )
 
 
@@ -78,10 +81,14 @@ def learning_rates(optimizers: tuple[str, ...], given: dict[str, float]) -> dict
     return {name: rates[name] for name in optimizers}
 
 
+def recipe(name: str) -> Callable[..., optax.GradientTransformation]:
+    """Return the function of that name, whose first argument is the learning rate."""
+    return BASELINES.get(name) or getattr(recipes, name)
+
+
 def make(name: str, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
     """Return the transformation of that name, everything but its rate at its default."""
-    recipe = BASELINES.get(name) or getattr(recipes, name)
-    return optax.with_extra_args_support(recipe(schedule))
+    return optax.with_extra_args_support(recipe(name)(schedule))
 
 
 def build(name: str, config: Config) -> optax.GradientTransformationExtraArgs:

@@ -1,0 +1,1 @@
+"""The state of an optimizer as a whole: what it costs."""
