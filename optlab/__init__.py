@@ -10,15 +10,22 @@ from optlab.recipes import (
     adagrad_norm,
     adamp,
     allora,
+    apollo,
+    conda,
     diffgrad,
+    fira,
+    frugal,
+    galore,
     lamb,
     lanton,
     lars,
+    ldadam,
     lion,
     lion_k,
     muon,
     nap,
     normuon,
+    q_galore,
     scion,
     sgd_sai,
     sgdp,
@@ -32,8 +39,11 @@ from optlab.transforms.adaptive import (
     scale_by_friction,
     scale_by_moments,
 )
+from optlab.transforms.clip import norm_growth_limiter
 from optlab.transforms.decay import add_cautious_decay, decay_after_update
+from optlab.transforms.ldadam import scale_by_ldadam
 from optlab.transforms.lmo import scale_by_lmo
+from optlab.transforms.low_rank import in_low_rank
 from optlab.transforms.momentum import (
     debiased_ema,
     ema_from_first,
@@ -45,8 +55,18 @@ from optlab.transforms.neurons import normalize_neurons
 from optlab.transforms.noise import noise_adaptive
 from optlab.transforms.orthogonalize import orthogonalize
 from optlab.transforms.radial import normalize_and_project, project_radial, remove_radial
+from optlab.transforms.raw_gradient import scale_by_raw_gradient, with_raw_gradient
+from optlab.transforms.refresh import lazy_refresh
+from optlab.transforms.residual import column_scaled_residual, plain_residual, sign_residual
 from optlab.transforms.shape_scale import scale_by_shape
 from optlab.transforms.sign import apply_kappa, scale_by_lion_k, scale_by_sign_momentum
+from optlab.transforms.subspace import (
+    coordinate_projector,
+    power_projector,
+    quantized,
+    random_projector,
+    svd_projector,
+)
 from optlab.transforms.tree_norm import scale_by_adagrad_norm
 from optlab.transforms.trust_ratio import (
     scale_by_initial_snr,
@@ -63,31 +83,47 @@ __all__ = [
     "adamp",
     "add_cautious_decay",
     "allora",
+    "apollo",
     "apply_kappa",
+    "column_scaled_residual",
+    "conda",
+    "coordinate_projector",
     "debiased_ema",
     "decay_after_update",
     "describe",
     "diffgrad",
     "ema_from_first",
+    "fira",
+    "frugal",
+    "galore",
     "heavy_ball",
+    "in_low_rank",
     "interpolate_momentum",
     "kappa",
     "lamb",
     "lanton",
     "lars",
     "layout",
+    "lazy_refresh",
+    "ldadam",
     "lion",
     "lion_k",
     "muon",
     "nap",
     "noise_adaptive",
+    "norm_growth_limiter",
     "normalize_and_project",
     "normalize_neurons",
     "normuon",
     "orthogonalize",
+    "plain_residual",
     "plan",
     "polar",
+    "power_projector",
     "project_radial",
+    "q_galore",
+    "quantized",
+    "random_projector",
     "remove_radial",
     "scale_by_adagrad_norm",
     "scale_by_belief",
@@ -95,9 +131,11 @@ __all__ = [
     "scale_by_friction",
     "scale_by_initial_snr",
     "scale_by_inverse_row_norm",
+    "scale_by_ldadam",
     "scale_by_lion_k",
     "scale_by_lmo",
     "scale_by_moments",
+    "scale_by_raw_gradient",
     "scale_by_shape",
     "scale_by_sign_momentum",
     "scale_by_trust_ratio",
@@ -105,8 +143,11 @@ __all__ = [
     "sgd_sai",
     "sgdp",
     "shardings_of",
+    "sign_residual",
     "signum",
     "state_sharding",
+    "svd_projector",
     "with_previous_updates",
+    "with_raw_gradient",
     "wsd",
 ]

@@ -61,7 +61,8 @@ def _sharding_of(key_path: Any, leaf: Any) -> Sharding:
 def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any = None) -> Any:
     """Return the sharding that every array of `tx.init(params)` should have.
 
-    A state array with the shape of its parameter gets the parameter's sharding, all else is
+    A state array with the shape of its parameter gets the parameter's sharding; one of its rank
+    that is shorter along some axes, as `in_low_rank` has, is cut along the others; all else is
     replicated over the mesh. Use it as `out_shardings` of `jax.jit(tx.init)`, or to place a
     restored checkpoint. Chains, masks, `optax.partition` and `optax.MultiSteps` are followed.
 
@@ -89,7 +90,10 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any
     def of_param(leaf: Any, shape: Any, sharding: Sharding) -> Any:
         if isinstance(leaf, optax.MaskedNode):
             return leaf
-        return sharding if leaf.shape == shape.shape else elsewhere
+        if leaf.shape == shape.shape or not isinstance(sharding, NamedSharding):
+            return sharding if leaf.shape == shape.shape else elsewhere
+        mesh = sharding.mesh
+        return NamedSharding(mesh, fitted(sharding.spec, shape.shape, leaf.shape, mesh))
 
     return optax.tree.map_params(
         tx.init,
@@ -102,8 +106,33 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any
     )
 
 
+Shape = tuple[int, ...]
+
+
 def _is_sharding(x: Any) -> bool:
     return isinstance(x, Sharding)
+
+
+def fitted(spec: PartitionSpec, shape: Shape, new_shape: Shape, mesh: Any) -> PartitionSpec:
+    """Return the spec of what keeps some axes of a leaf of `shape` and shortens others.
+
+    The mesh axes of a shortened one move to the longest kept axis that they divide, if there is
+    one: a state smaller than its parameter is still spread over all devices. Of another rank, it is
+    replicated.
+    """
+    if len(shape) != len(new_shape):
+        return PartitionSpec()
+    entries = [e if isinstance(e, tuple) else (e,) if e else () for e in spec]
+    entries += [()] * (len(shape) - len(entries))
+    kept = [axis for axis, (n, new) in enumerate(zip(shape, new_shape, strict=True)) if n == new]
+    new = [entry if axis in kept else () for axis, entry in enumerate(entries)]
+    freed = tuple(a for axis, entry in enumerate(entries) if axis not in kept for a in entry)
+    for axis in sorted(kept, key=lambda i: -new_shape[i]):
+        parts = math.prod(mesh.shape[name] for name in (*new[axis], *freed))
+        if freed and new_shape[axis] % parts == 0:
+            new[axis] = (*new[axis], *freed)
+            break
+    return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in new))
 
 
 class Placement(NamedTuple):

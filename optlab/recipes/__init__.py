@@ -3,6 +3,8 @@
 from optlab.recipes.elementwise import adabelief, adagrad_norm, diffgrad
 from optlab.recipes.layerwise import allora, lamb, lars, sgd_sai
 from optlab.recipes.lmo import lanton, scion
+from optlab.recipes.low_rank import fira, frugal, galore, q_galore
+from optlab.recipes.low_rank_scaling import apollo, conda, ldadam
 from optlab.recipes.orthogonal import muon, normuon
 from optlab.recipes.radial import adamp, nap, sgdp
 from optlab.recipes.sign import lion, lion_k, signum
@@ -12,15 +14,22 @@ __all__ = [
     "adagrad_norm",
     "adamp",
     "allora",
+    "apollo",
+    "conda",
     "diffgrad",
+    "fira",
+    "frugal",
+    "galore",
     "lamb",
     "lanton",
     "lars",
+    "ldadam",
     "lion",
     "lion_k",
     "muon",
     "nap",
     "normuon",
+    "q_galore",
     "scion",
     "sgd_sai",
     "sgdp",

@@ -1,0 +1,420 @@
+"""Adam in a subspace of the gradient: GaLore, Q-GaLore, Fira, FRUGAL."""
+
+from typing import Any
+
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from optlab import _checks, _leafwise
+from optlab import layout as _layout
+from optlab.recipes.assembly import LateAdam, PlainAdam
+from optlab.transforms.clip import norm_growth_limiter
+from optlab.transforms.low_rank import in_low_rank
+from optlab.transforms.projection import Rank
+from optlab.transforms.refresh import Refresh, lazy_refresh
+from optlab.transforms.residual import column_scaled_residual, sign_residual
+from optlab.transforms.subspace import (
+    Projector,
+    coordinate_projector,
+    power_projector,
+    quantized,
+)
+
+
+@_checks.explain_calls
+def galore(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: Rank = 128,
+    every: int | Refresh = 200,
+    scale: ArrayLike = 0.25,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-6,
+    inner: optax.GradientTransformation | None = None,
+    projector: Projector | None = None,
+    stagger: bool = False,
+    weight_decay: ArrayLike = 0.0,
+    weight_decay_mask: _leafwise.Mask = None,
+    mu_dtype: DTypeLike | None = None,
+    layout: _layout.Policy = _layout.flax,
+    fallback: optax.GradientTransformation | None = None,
+    fallback_learning_rate: optax.ScalarOrSchedule | None = None,
+    shardings: Any = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam in the dominant subspace of the gradient, refreshed now and then (GaLore).
+
+    Every `every` steps B (a, r) is the basis of G's largest singular directions, on the short side;
+    R = B^T G,  N = mu/(sqrt(nu) + eps) of R;   p <- p - lr sqrt(1 - b2^t)/(1 - b1^t) scale B N.
+    The moments stay as they are when B changes. For hidden matrices; all else gets Adam.
+
+    Args:
+      learning_rate: step size, >= 0, or a schedule; 0.01 with scale 0.25 in the paper's
+        pre-training.
+      rank: as in `optlab.in_low_rank`: a number, a fraction, a tree of ranks. (static)
+      every: steps between two subspaces, >= 1, or a rule. (static)
+      scale: factor of the part that comes back from the subspace, >= 0; the released class has 1.
+      b1: rate of the first moment, in [0, 1).
+      b2: rate of the second moment, in [0, 1).
+      eps: added to the root of the uncorrected second moment, >= 0.
+      inner: None for raw Adam; any transformation to run on the coordinates, such as one whose
+        state is compressed. (static)
+      projector: None for `power_projector()`, which costs a fraction of the exact `svd_projector()`
+        of the released code. (static)
+      stagger: spread the refreshes over the steps between. (static)
+      weight_decay: decay of all leaves after the step, p <- (1 - lr weight_decay) p, >= 0.
+      weight_decay_mask: leaves that decay. (static)
+      mu_dtype: dtype of the first moment; None for the parameter's. (static)
+      layout: which axes are inputs and outputs, and which leaves are no matrices. (static)
+      fallback: optimizer of the other leaves; None for the same Adam without a subspace.
+      fallback_learning_rate: rate of that Adam, or a schedule; None for `learning_rate`.
+      shardings: `optlab.shardings_of(params)`, needed on Auto meshes only. (static)
+      seed: of what is random in the projector. (static)
+
+    Returns:
+      An optimizer; entries of a step in the basis are about lr scale in size.
+
+    State:
+      basis: a r numbers per matrix (m, n), a = min(m, n); mu, nu: r b each, b = max(m, n), nu in
+      float32 or wider; Adam's 8 bytes per float32 parameter of the other leaves.
+
+    Raises:
+      ValueError: a rate or a rank outside its range; a leaf that the layout cannot read, by name.
+
+    Example:
+      >>> import jax.numpy as jnp, optlab
+      >>> tx = optlab.galore(0.1, rank=1)
+      >>> p = {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}
+      >>> u, state = tx.update(p, tx.init(p), p)
+      >>> print(state.inner_states["matrix"].inner_state[0].inner.mu["kernel"].shape)
+      (1, 8)
+
+    Deviations:
+      The subspace comes from power iteration; `projector=optlab.svd_projector()` is the released
+      code's, up to signs: here a vector's largest entry is positive, and the released code keeps
+      what its SVD returns. A refresh at a zero gradient keeps the old subspace.
+      `optax.contrib.galore` projects the long side: `in_low_rank(..., side="long")`.
+
+    References:
+      Zhao et al., GaLore: memory-efficient LLM training by gradient low-rank projection,
+      arXiv:2403.03507, 2024, Alg. 1 and 2; code: jiaweizzhao/GaLore at 2cc66f8.
+    """
+    adam = LateAdam(
+        "galore", learning_rate, b1, b2, eps, weight_decay, weight_decay_mask, mu_dtype, layout,
+        fallback, fallback_learning_rate,
+    )  # fmt: skip
+    low = in_low_rank(
+        inner or adam.moments(),
+        projector,
+        rank=rank,
+        every=every,
+        stagger=stagger,
+        scale=scale,
+        seed=seed,
+        layout=layout,
+        shardings=shardings,
+    )
+    return adam.route(low)
+
+
+@_checks.explain_calls
+def q_galore(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: Rank = 128,
+    every: int | Refresh = 200,
+    scale: ArrayLike = 0.25,
+    bits: int = 4,
+    block: int = 256,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    inner: optax.GradientTransformation | None = None,
+    projector: Projector | None = None,
+    stagger: bool = False,
+    weight_decay: ArrayLike = 0.0,
+    weight_decay_mask: _leafwise.Mask = None,
+    mu_dtype: DTypeLike | None = None,
+    layout: _layout.Policy = _layout.flax,
+    fallback: optax.GradientTransformation | None = None,
+    fallback_learning_rate: optax.ScalarOrSchedule | None = None,
+    shardings: Any = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore with its basis in 4 bits, renewed the more seldom, the less it changes (Q-GaLore).
+
+    As `galore`, with B rounded to 4 bits in blocks of 256 numbers, and an interval per matrix that
+    doubles while the last five subspaces overlap by 0.4 or more with the ones before. For 8-bit
+    moments give an `inner` whose state is compressed.
+
+    Args:
+      learning_rate: step size, >= 0, or a schedule; 0.015 with scale 0.25 in the paper's
+        pre-training.
+      rank: as in `optlab.in_low_rank`: a number, a fraction, a tree of ranks. (static)
+      every: steps between two subspaces at first, >= 1, or a rule; a number is for
+        `lazy_refresh(every)`. (static)
+      scale: factor of the part that comes back from the subspace, >= 0.
+      bits: of a number of the basis, 4 or 8. (static)
+      block: numbers that share a scale, even. (static)
+      b1: rate of the first moment, in [0, 1).
+      b2: rate of the second moment, in [0, 1).
+      eps: added to the root of the corrected second moment, >= 0.
+      inner: None for Adam; any transformation to run on the coordinates, such as one whose state is
+        compressed. (static)
+      projector: of which basis to keep; None for `power_projector()`. (static)
+      stagger: spread the refreshes over the steps between. (static)
+      weight_decay: decoupled decay, >= 0, of all leaves.
+      weight_decay_mask: leaves that decay. (static)
+      mu_dtype: dtype of the first moment; None for the parameter's. (static)
+      layout: which axes are inputs and outputs, and which leaves are no matrices. (static)
+      fallback: optimizer of the other leaves; None for the same Adam without a subspace.
+      fallback_learning_rate: rate of that Adam, or a schedule; None for `learning_rate`.
+      shardings: `optlab.shardings_of(params)`, needed on Auto meshes only. (static)
+      seed: of what is random in the projector. (static)
+
+    Returns:
+      An optimizer; entries of a step in the basis are about lr scale in size.
+
+    State:
+      basis: a r/2 bytes per matrix (m, n), a = min(m, n), and 8 per block; mu, nu: r b numbers,
+      b = max(m, n); Adam's 8 bytes per float32 parameter of the other leaves.
+
+    Raises:
+      ValueError: a rate or a rank outside its range; a leaf that the layout cannot read, by name.
+
+    Example:
+      >>> import jax.numpy as jnp, optlab
+      >>> tx = optlab.q_galore(0.1, rank=1)
+      >>> p = {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}
+      >>> u, state = tx.update(p, tx.init(p), p)
+      >>> print(state.inner_states["matrix"].inner_state[0].kept[0].basis.codes.dtype)
+      uint8
+
+    Deviations:
+      Overlap is that of the subspaces, not the cosine of their first vectors, whose signs are
+      arbitrary; `lazy_refresh(official=True)` is that. Weights stay as they are: the paper keeps
+      them in 8 bits. The released code decays after the step.
+
+    References:
+      Zhang et al., Q-GaLore: quantized GaLore with INT4 projection and layer-adaptive low-rank
+      gradients, arXiv:2407.08296, 2024; code: VITA-Group/Q-GaLore at 5bd2f1c.
+    """
+    rule = every if isinstance(every, Refresh) else lazy_refresh(every)
+    base = power_projector() if projector is None else projector
+    adam = PlainAdam(
+        "q_galore", learning_rate, b1, b2, eps, weight_decay, weight_decay_mask, mu_dtype, layout,
+        fallback, fallback_learning_rate,
+    )  # fmt: skip
+    low = in_low_rank(
+        inner or adam.moments(),
+        quantized(base, bits, block=block),
+        rank=rank,
+        every=rule,
+        stagger=stagger,
+        scale=scale,
+        seed=seed,
+        layout=layout,
+        shardings=shardings,
+    )
+    return adam.route(low)
+
+
+@_checks.explain_calls
+def fira(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: Rank = 128,
+    every: int | Refresh = 200,
+    scale: ArrayLike = 1.0,
+    growth: ArrayLike = 1.01,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-6,
+    official: bool = False,
+    inner: optax.GradientTransformation | None = None,
+    projector: Projector | None = None,
+    stagger: bool = False,
+    weight_decay: ArrayLike = 0.0,
+    weight_decay_mask: _leafwise.Mask = None,
+    mu_dtype: DTypeLike | None = None,
+    layout: _layout.Policy = _layout.flax,
+    fallback: optax.GradientTransformation | None = None,
+    fallback_learning_rate: optax.ScalarOrSchedule | None = None,
+    shardings: Any = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore that adds the rest of the gradient, scaled as Adam scaled what is inside (Fira).
+
+    With B, R, N as in `galore`:  S = psi (G - B R),  psi_j = |N_j|/(|R_j| + 1e-8) for every slice j
+    of the long side; |S| may grow by 1 % per step;   p <- p - lr sqrt(1 - b2^t)/(1 - b1^t) (scale B
+    N + S).
+
+    Args:
+      learning_rate: step size, >= 0, or a schedule; 0.01 with scale 0.25 in the paper's
+        pre-training.
+      rank: as in `optlab.in_low_rank`: a number, a fraction, a tree of ranks. (static)
+      every: steps between two subspaces, >= 1, or a rule. (static)
+      scale: factor of the part that comes back from the subspace, >= 0.
+      growth: largest growth of |S| in a step, >= 1.
+      b1: rate of the first moment, in [0, 1).
+      b2: rate of the second moment, in [0, 1).
+      eps: added to the root of the uncorrected second moment, >= 0.
+      official: S from G - scale B R, as the released code, not G - B R. (static)
+      inner: None for raw Adam; any transformation to run on the coordinates, such as one whose
+        state is compressed. (static)
+      projector: None for `power_projector()`, which costs a fraction of the exact `svd_projector()`
+        of the released code. (static)
+      stagger: spread the refreshes over the steps between. (static)
+      weight_decay: decay of all leaves after the step, p <- (1 - lr weight_decay) p, >= 0.
+      weight_decay_mask: leaves that decay. (static)
+      mu_dtype: dtype of the first moment; None for the parameter's. (static)
+      layout: which axes are inputs and outputs, and which leaves are no matrices. (static)
+      fallback: optimizer of the other leaves; None for the same Adam without a subspace.
+      fallback_learning_rate: rate of that Adam, or a schedule; None for `learning_rate`.
+      shardings: `optlab.shardings_of(params)`, needed on Auto meshes only. (static)
+      seed: of what is random in the projector. (static)
+
+    Returns:
+      An optimizer with steps of full rank.
+
+    State:
+      basis: a r numbers per matrix (m, n), a = min(m, n); mu, nu: r b each, b = max(m, n), nu in
+      float32 or wider; Adam's 8 bytes per float32 parameter of the other leaves.
+      norms: one float32 per matrix leaf.
+
+    Raises:
+      ValueError: a rate or a rank outside its range; a leaf that the layout cannot read, by name.
+
+    Example:
+      >>> import jax.numpy as jnp, optlab
+      >>> tx = optlab.fira(0.1, rank=1)
+      >>> p = {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}
+      >>> u, state = tx.update(p, tx.init(p), p)
+      >>> print(state.inner_states["matrix"].inner_state[0].residual.norms.shape)
+      (1,)
+
+    Deviations:
+      A zero gradient is not remembered as a norm: in the released code the residual is dead for
+      some 1,800 steps after one. A slice without a gradient has no residual. For the subspace see
+      `galore`.
+
+    References:
+      Chen et al., Fira: can we achieve full-rank training of LLMs under low-rank constraint?,
+      arXiv:2410.01623, 2024, eq. 7-9; code: xichen-fy/Fira at 5c28b13.
+    """
+    adam = LateAdam(
+        "fira", learning_rate, b1, b2, eps, weight_decay, weight_decay_mask, mu_dtype, layout,
+        fallback, fallback_learning_rate,
+    )  # fmt: skip
+    limiter = norm_growth_limiter(growth, shardings=shardings)
+    rest = column_scaled_residual(inside=scale if official else 1.0, then=limiter)
+    low = in_low_rank(
+        inner or adam.moments(),
+        projector,
+        rank=rank,
+        every=every,
+        stagger=stagger,
+        scale=scale,
+        residual=rest,
+        seed=seed,
+        layout=layout,
+        shardings=shardings,
+    )
+    return adam.route(low)
+
+
+@_checks.explain_calls
+def frugal(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: Rank = 0.25,
+    every: int | Refresh = 200,
+    factor: ArrayLike = 1.0,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    inner: optax.GradientTransformation | None = None,
+    projector: Projector | None = None,
+    side: Any = "rows",
+    weight_decay: ArrayLike = 0.0,
+    weight_decay_mask: _leafwise.Mask = None,
+    mu_dtype: DTypeLike | None = None,
+    layout: _layout.Policy = _layout.flax,
+    fallback: optax.GradientTransformation | None = None,
+    fallback_learning_rate: optax.ScalarOrSchedule | None = None,
+    shardings: Any = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam on some columns, rows or directions, the sign of the gradient on all others (FRUGAL).
+
+    Every `every` steps a new subspace, and Adam starts anew;   R = B^T G,
+    p <- p - lr (B adam(R) + factor sign(G - B R) + weight_decay p).
+
+    Args:
+      learning_rate: step size, >= 0, or a schedule.
+      rank: a fraction of the projected side, or as in `optlab.in_low_rank`. (static)
+      every: steps between two subspaces, >= 1. (static)
+      factor: size of the entries outside, >= 0; 1 for pre-training, 0.1 for fine-tuning in the
+        paper.
+      b1: rate of the first moment, in [0, 1).
+      b2: rate of the second moment, in [0, 1).
+      eps: added to the root of the corrected second moment, >= 0.
+      inner: None for Adam; any transformation to run on the coordinates. (static)
+      projector: None for `coordinate_projector()`, random columns; `power_projector()`,
+        `svd_projector()` or `random_projector(orthonormal=True)` for the paper's others. (static)
+      side: as in `optlab.in_low_rank`; "rows" are inputs, the columns of PyTorch's weights.
+        (static)
+      weight_decay: decoupled decay, >= 0, of all leaves.
+      weight_decay_mask: leaves that decay. (static)
+      mu_dtype: dtype of the first moment; None for the parameter's. (static)
+      layout: which axes are inputs and outputs, and which leaves are no matrices. (static)
+      fallback: optimizer of the other leaves; None for the same Adam without a subspace.
+      fallback_learning_rate: rate of that Adam, or a schedule; None for `learning_rate`.
+      shardings: `optlab.shardings_of(params)`, needed on Auto meshes only. (static)
+      seed: of what is random in the projector. (static)
+
+    Returns:
+      An optimizer with entries of about lr in size, inside and outside.
+
+    State:
+      basis: r int32 per matrix, or a r numbers; mu, nu: r numbers per slice of the other side;
+        Adam's
+      8 bytes per float32 parameter of the other leaves.
+
+    Raises:
+      ValueError: a rate or a rank outside its range; a leaf that the layout cannot read, by name.
+
+    Example:
+      >>> import jax.numpy as jnp, optlab
+      >>> tx = optlab.frugal(0.1, rank=2)
+      >>> p = {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}
+      >>> u, state = tx.update(p, tx.init(p), p)
+      >>> print(u["kernel"].round(3)[0])
+      [-0.1 -0.1 -0.1 -0.1 -0.1 -0.1 -0.1 -0.1]
+
+    Deviations:
+      A fraction is rounded, where the released code truncates that of columns. Entries that are
+      roundings of the projection have no sign. Whole leaves as blocks are `optlab.select_blocks`.
+
+    References:
+      Zmushko et al., FRUGAL: memory-efficient optimization by reducing state overhead for scalable
+      training, arXiv:2411.07837, 2024, Alg. 1; code: fzmushko/FRUGAL at c7ebe4c.
+    """
+    adam = PlainAdam(
+        "frugal", learning_rate, b1, b2, eps, weight_decay, weight_decay_mask, mu_dtype, layout,
+        fallback, fallback_learning_rate,
+    )  # fmt: skip
+    low = in_low_rank(
+        inner or adam.moments(),
+        coordinate_projector() if projector is None else projector,
+        rank=rank,
+        side=side,
+        every=every,
+        on_refresh="reset",
+        residual=sign_residual(factor),
+        seed=seed,
+        layout=layout,
+        shardings=shardings,
+    )
+    return adam.route(low)
