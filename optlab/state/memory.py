@@ -139,7 +139,7 @@ def _fields(node: Any, owner: str = "", field: str = "") -> Iterator[tuple[str, 
     if not _is_state(node):
         for child in jax.tree.leaves(node, is_leaf=_is_state):
             if _is_state(child):
-                yield from _fields(child, owner, field)
+                yield from _fields(child)
             else:
                 yield owner, field, child
         return
