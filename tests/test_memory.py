@@ -186,6 +186,8 @@ def momentum(**shapes):
         ((4097,), jnp.float32, 8, 4097 + 4 * 17),
         ((4097,), jnp.float32, 4, 2049 + 4 * 17),
         ((64, 64), jnp.bfloat16, 8, 4096 + 4 * 16),
+        ((64, 64), jnp.float32, 16, 2 * 4096),
+        ((64, 64), jnp.float16, 16, 2 * 4096),
         ((4095,), jnp.float32, 8, 4 * 4095),
         ((64, 64), jnp.float8_e4m3fn, 8, 4096),
         ((64, 64), jnp.int8, 4, 4096),
@@ -206,7 +208,10 @@ def test_block_and_least_size_are_arguments():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"bits": 16}, "bits must be 8 or 4, got 16"), ({"bits": 8, "block": 0}, "block must be >=")],
+    [
+        ({"bits": 2}, "bits must be 16, 8 or 4, got 2"),
+        ({"bits": 8, "block": 0}, "block must be >="),
+    ],
 )
 def test_wrong_codecs_are_refused(options, message):
     with pytest.raises(ValueError, match=f"compressed_bytes: {message}"):
@@ -230,9 +235,9 @@ def test_the_command_prints_bytes_and_their_assumptions(capsys, monkeypatch):
     )
     assert code == 0
     assert out.startswith("llama-7b: 6,738,415,616 parameters in 291 leaves, bfloat16, 13.48 GB\n")
-    assert cells(out, "adamw") == ["adamw", "26.95", "25.10", "4.00", "13.69", "6.95"]
+    assert cells(out, "adamw") == ["adamw", "26.95", "25.10", "4.00", "26.95", "13.69", "6.95"]
     # The default rank is a quarter of the width: 1024.
-    assert cells(out, "low") == ["low", "9.40", "8.76", "1.40", "4.78", "2.42"]
+    assert cells(out, "low") == ["low", "9.40", "8.76", "1.40", "9.40", "4.78", "2.42"]
     assert (
         "adamw: all leaves in ScaleByAdamState. ScaleByAdamState.mu 13.48 GB bfloat16, "
         "ScaleByAdamState.nu 13.48 GB bfloat16." in out.splitlines()
@@ -245,9 +250,10 @@ def test_the_command_prints_bytes_and_their_assumptions(capsys, monkeypatch):
 
 def test_rank_and_stacked_are_given_to_the_recipes(capsys, monkeypatch):
     monkeypatch.setitem(optimizers.BASELINES, "low", low_rank(METHODS["galore"][0]))
-    argv = ["--model=llama-7b", "--dtype=bfloat16", "--optimizers=low,muon", "--rank=128"]
+    argv = ["--model=llama-7b", "--dtype=bfloat16", "--optimizers=low,muon,conda", "--rank=128"]
     (_, apart, _), (_, stacked, _) = run(capsys, *argv), run(capsys, *argv, "--stacked")
     assert "low: rank 128; " in apart
+    assert "conda: rank full; " in apart  # a default that is no number is part of the method
     # 0.522 billion elements beside 32 layers of 128 (28672 + 2 * 49408)
     assert cells(apart, "low")[1] == cells(stacked, "low")[1] == "2.09"
     assert "12 leaves" in stacked.splitlines()[0]

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +18,12 @@ LAYOUTS = {
     "by_ndim": layout.by_ndim,
     "output_first": layout.output_first,
 }
-HEADINGS = ("optimizer", "GB", "GiB", "bytes/param", "8-bit GB", "4-bit GB")
+BITS = (16, 8, 4)
+HEADINGS = ("optimizer", "GB", "GiB", "bytes/param", *(f"{bits}-bit GB" for bits in BITS))
 BASIS = (
     "State bytes of whole arrays, not per device; GB = 10^9 bytes, GiB = 2^30. Gradients, weights "
-    "and activations are not in them. 8-bit, 4-bit: predicted, if every float array of state with "
-    "at least 4096 elements were stored so, with a float32 scale for each 256."
+    "and activations are not in them. 16-bit, 8-bit, 4-bit: predicted, if every float array of "
+    "state with at least 4096 elements were stored so; 8 and 4 with a float32 scale for each 256."
 )
 _SHOWN = 0.005  # share of the state from which on a field is named
 
@@ -41,8 +42,7 @@ class Row(NamedTuple):
 
     name: str
     plain: int
-    eight: int
-    four: int
+    predicted: tuple[int, ...]  # at `BITS`
     assumptions: str
 
 
@@ -89,28 +89,25 @@ def _title(name: str, params: Any) -> str:
 def row(name: str, subject: Subject) -> Row:
     """Return one optimizer's bytes; it gets `rank` and `layout` where it has such keywords."""
     recipe = optimizers.recipe(name)
-    offered = {"rank": subject.rank, "layout": subject.policy}
     known = inspect.signature(recipe).parameters
-    given = {key: value for key, value in offered.items() if key in known and value is not None}
+    given: dict[str, Any] = {"layout": subject.policy} if "layout" in known else {}
+    rank = known["rank"].default if "rank" in known else None
+    # A default that is no number, such as Conda's "full", is what the method is.
+    if subject.rank is not None and isinstance(rank, int | float):
+        rank = given["rank"] = subject.rank
     try:
         tx = recipe(1e-3, **given)
         routing = describe(subject.params, tx, layout=subject.policy)
     except ValueError as error:
         raise BadInput(f"memory: {name}: {error}") from None
+    shown = "" if rank is None else f"rank {rank}; "
+    fields = ", ".join(_what(state_fields(tx, subject.params))) or "No state"
     return Row(
         name,
         state_bytes(tx, subject.params),
-        compressed_bytes(tx, subject.params, 8),
-        compressed_bytes(tx, subject.params, 4),
-        _assumptions(given, routing, state_fields(tx, subject.params)),
+        tuple(compressed_bytes(tx, subject.params, bits) for bits in BITS),
+        f"{shown}{'; '.join(_who(routing))}. {fields}.",
     )
-
-
-def _assumptions(
-    given: Mapping[str, Any], routing: layout.Routing, fields: tuple[StateField, ...]
-) -> str:
-    rank = f"rank {given['rank']}; " if "rank" in given else ""
-    return f"{rank}{'; '.join(_who(routing))}. {', '.join(_what(fields)) or 'No state'}."
 
 
 def _who(routing: layout.Routing) -> Iterator[str]:
@@ -166,11 +163,5 @@ def _short(number: float) -> str:
 
 
 def _cells(one: Row, size: int) -> tuple[str, ...]:
-    numbers = (
-        one.plain / 1e9,
-        one.plain / 2**30,
-        one.plain / size,
-        one.eight / 1e9,
-        one.four / 1e9,
-    )
-    return tuple(_short(number) for number in numbers)
+    predicted = (nbytes / 1e9 for nbytes in one.predicted)
+    return tuple(map(_short, (one.plain / 1e9, one.plain / 2**30, one.plain / size, *predicted)))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-_SCALE_BYTES = 4  # one float32 per block
+_SCALE_BYTES = {16: 0, 8: 4, 4: 4}  # one float32 per block; bfloat16 has an exponent of its own
 
 
 class StateField(NamedTuple):
@@ -82,16 +82,17 @@ def compressed_bytes(
 ) -> int:
     """Predict the bytes of state if its large float arrays were stored in few bits per number.
 
-    Each float array of at least `min_size` elements would take `bits` for each of them and one
-    float32 scale for each `block` of the flattened array, the last of which may be short. Small
-    arrays, integers (counts, bases already packed) and keys stay as they are, and so does an array
-    that would not become smaller. A prediction from shapes: `quantize_state`, the wrapper that is
-    to store state so, is not part of optlab yet.
+    Each float array of at least `min_size` elements would take `bits` for each of them and, at 8
+    and 4, one float32 scale for each `block` of the flattened array, the last of which may be
+    short. 16 bits are bfloat16 throughout, as papers count that train in it. Small arrays, integers
+    (counts, bases already packed) and keys stay as they are, and so does an array that would not
+    become smaller. A prediction from shapes: `quantize_state`, the wrapper that is to store state
+    in 8 and 4 bits, is not part of optlab yet.
 
     Args:
         tx: an optax transformation.
         params: any tree of arrays or `jax.ShapeDtypeStruct`s.
-        bits: 8 or 4; two numbers of 4 bits share a byte.
+        bits: 16, 8 or 4; two numbers of 4 bits share a byte.
         block: elements that share a scale.
         min_size: elements from which on an array is compressed.
 
@@ -99,7 +100,7 @@ def compressed_bytes(
         The bytes, as an int.
 
     Raises:
-        ValueError: `bits` is neither 8 nor 4, or `block` is below 1.
+        ValueError: `bits` is none of 16, 8 and 4, or `block` is below 1.
 
     Example:
         >>> import jax, optax
@@ -108,16 +109,16 @@ def compressed_bytes(
         >>> compressed_bytes(optax.adam(1e-3), params, bits=8) / 4096**2  # 8 bytes uncompressed
         2.031250238418579
     """
-    if bits not in (4, 8):
-        raise ValueError(f"compressed_bytes: bits must be 8 or 4, got {bits!r}. Write bits=8.")
+    if bits not in _SCALE_BYTES:
+        raise ValueError(f"compressed_bytes: bits must be 16, 8 or 4, got {bits!r}. Write bits=8.")
     if block < 1:
         raise ValueError(f"compressed_bytes: block must be >= 1, got {block}. Write block=256.")
 
     def stored(leaf: Any) -> int:
         if leaf.size < min_size or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return _nbytes(leaf)
-        coded = math.ceil(leaf.size * bits / 8) + _SCALE_BYTES * math.ceil(leaf.size / block)
-        return min(coded, _nbytes(leaf))
+        scales = _SCALE_BYTES[bits] * math.ceil(leaf.size / block)
+        return min(math.ceil(leaf.size * bits / 8) + scales, _nbytes(leaf))
 
     return sum(stored(leaf) for leaf in _leaves(tx, params))
 
