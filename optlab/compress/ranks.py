@@ -45,7 +45,7 @@ def _spectra(path: str, leaf: Any, view: _layout.MatrixView) -> np.ndarray:
         )
     groups = (*((axis,) for axis in view.batch(leaf.ndim)), view.rows, view.cols)
     x = open_leaf(leaf, groups).matrices
-    found = np.asarray(_ranks.normalized_spectrum(x.astype(_leafwise.widen(x.dtype))))
+    found = _ranks.normalized_spectrum(x.astype(_leafwise.widen(x.dtype)))
     if not np.all(np.isfinite(found)):
         raise ValueError(
             f"{_NAME}: leaf '{path}' has no singular values, got NaN or infinite entries in it. "

@@ -9,22 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def normalized_spectrum(x: jax.Array) -> jax.Array:
-    """Return (s - min s)/(max s - min s) of (..., m, n), falling from 1 to 0.
+def normalized_spectrum(x: jax.Array) -> np.ndarray:
+    """Return (s - min s)/(max s - min s) of (..., m, n) on the host, float64, from 1 down to 0.
 
     A constant spectrum, up to the rounding of the decomposition, is 1 everywhere: nothing in it is
     smaller than the rest.
     """
-    s = jnp.linalg.svd(x, compute_uv=False)
+    values = jnp.linalg.svd(x, compute_uv=False)
+    # On the host, where y / y is 1: XLA's quotient fell short of it, and the largest was dropped.
+    s = np.asarray(values, np.float64)
     low, high = s[..., -1:], s[..., :1]
-    rounding = max(x.shape[-2:]) * float(jnp.finfo(s.dtype).eps) * high
-    constant = high - low <= rounding
-    return jnp.where(constant, 1.0, (s - low) / jnp.where(constant, 1.0, high - low))
+    constant = high - low <= max(x.shape[-2:]) * float(jnp.finfo(values.dtype).eps) * high
+    return np.where(constant, 1.0, (s - low) / np.where(constant, 1.0, high - low))
 
 
 def kept_rank(spectra: np.ndarray, threshold: float) -> int:
     """Return how many values reach the threshold, in the matrix of (..., short) that has most."""
-    return int(np.max(np.sum(np.asarray(spectra, np.float64) >= threshold, axis=-1)))
+    return int(np.max(np.sum(spectra >= threshold, axis=-1)))
 
 
 def reduction_of(spectra: Sequence[np.ndarray], threshold: float) -> float:
@@ -42,7 +43,7 @@ def threshold_for(spectra: Sequence[np.ndarray], reduction: float) -> float | No
     The share is a step function of the threshold. Steps are at the values; between two of them any
     threshold does the same, and the middle is the least sensitive to their rounding.
     """
-    values = np.unique(np.concatenate([np.ravel(np.asarray(s, np.float64)) for s in spectra]))
+    values = np.unique(np.concatenate([np.ravel(s) for s in spectra]))
     candidates = [0.0, *((values[:-1] + values[1:]) / 2).tolist()]
     # 1e-12: the share is a quotient, 1 - 5/10 must reach a half.
     at = bisect.bisect_left(candidates, reduction - 1e-12, key=lambda t: reduction_of(spectra, t))
