@@ -12,9 +12,8 @@ import optax
 from golden_cases import Hyper
 
 from optlab import layout
-from optlab.compress import gblm_scores, importance_mask, rank_by_energy
+from optlab.compress import gblm_scores, importance_mask, rank_by_energy, shared_basis
 from optlab.linalg.ranks import factorize
-from optlab.linalg.shared_basis import shared_basis
 from optlab.transforms.constrain import keep_sparsity, project_onto_subspace
 from optlab.transforms.importance import accumulate_importance
 

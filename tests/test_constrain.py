@@ -15,7 +15,7 @@ from stepping import flat, steps
 import optlab
 from benchmarks import hlo
 from optlab import layout
-from optlab.linalg.shared_basis import shared_basis
+from optlab.compress import shared_basis
 from optlab.testing import random_like
 from optlab.transforms.constrain import keep_sparsity, project_onto_subspace
 

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from reference import importance as reference
 
 from optlab import layout
@@ -131,6 +133,24 @@ def test_what_is_masked_stays_zero_and_holds_the_pattern():
     for name in READ:
         np.testing.assert_array_equal(pick(params, name) != 0, pick(mask, name), err_msg=name)
     keep_sparsity(pattern=(2, 4), layout=LAYOUT).init(params)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("how", [{"ratio": 0.5}, {"pattern": (2, 4)}])
+def test_sharded_leaves_are_scored_and_masked_where_they_lie(kind, how):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    where = NamedSharding(mesh, P("data", "model"))
+    w = {"kernel": GRADS[0]["layers"]["kernel"][0], "wide": jnp.ones((16, 4))}
+    placed, x_norms = jax.device_put(w, where), {"kernel": np.arange(8.0), "wide": None}
+
+    def masks(w):
+        return importance_mask(gblm_scores(w, w, x_norms), **how)
+
+    found = masks(placed)
+    for name, want in masks(w).items():
+        np.testing.assert_array_equal(found[name], want)
+        if kind == AxisType.Explicit:
+            assert found[name].sharding == placed[name].sharding
 
 
 W = {"kernel": np.ones((4, 2), "f4")}

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from reference import ranks as reference
 
 from optlab import layout
-from optlab.compress import rank_by_energy
+from optlab.compress import rank_by_energy, shared_basis
 from optlab.linalg.ranks import factorize, normalized_spectrum
 
 
@@ -132,6 +134,17 @@ def test_factors_are_the_best_of_their_rank_and_share_the_values(k):
         np.testing.assert_allclose(gram, want, rtol=0, atol=2e-6)
     half = factorize(jnp.asarray(stack, jnp.bfloat16), k)
     assert {x.dtype for x in half} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_matrices_have_the_same_ranks_and_subspace(kind):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    w = TREE["dense"]["kernel"]
+    placed = jax.device_put(w, NamedSharding(mesh, P("data", "model")))
+    got, want = (rank_by_energy({"w": x}, threshold=0.3) for x in (placed, w))
+    assert got == want
+    got, want = (np.asarray(shared_basis([x, x], 3)) for x in (placed, w))
+    np.testing.assert_allclose(got @ got.T, want @ want.T, rtol=0, atol=1e-5)
 
 
 NAN = {"block": {"w": np.full((3, 3), np.nan, "f4")}}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
 from optlab.linalg import sparsity
+from optlab.transforms.projection import partitioned
 
 
 def _spread(what: str, given: Any, params: Any) -> Any:
@@ -170,6 +171,8 @@ def importance_mask(
                 f"{name}: leaf '{path}' of shape {score.shape} has {inputs} inputs, which "
                 f"{pattern[1]} does not divide. Set its score to None to keep it whole."
             )
-        return _layout.on_matrix(keep, lambda *_: view)(score)
+        # Sorting along a sharded axis is left to the partitioner, Explicit meshes do not have it.
+        mask = _layout.on_matrix(keep, lambda *_: view)
+        return partitioned(mask, jax.typeof(score).sharding.spec, jnp.asarray(score))
 
     return _layout.map_with_view(leaf, scores, policy=layout)

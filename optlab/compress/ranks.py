@@ -7,6 +7,7 @@ import numpy as np
 
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
+from optlab.distributed.shardings import everywhere
 from optlab.layout.apply import open_leaf
 from optlab.linalg import ranks as _ranks
 
@@ -44,7 +45,7 @@ def _spectra(path: str, leaf: Any, view: _layout.MatrixView) -> np.ndarray:
             "as a shape. Call it outside jax.jit, on the arrays themselves."
         )
     groups = (*((axis,) for axis in view.batch(leaf.ndim)), view.rows, view.cols)
-    x = open_leaf(leaf, groups).matrices
+    x = everywhere(open_leaf(leaf, groups).matrices)  # no decomposition takes a part of a matrix
     found = _ranks.normalized_spectrum(x.astype(_leafwise.widen(x.dtype)))
     if not np.all(np.isfinite(found)):
         raise ValueError(

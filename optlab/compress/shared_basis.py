@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from optlab.distributed.shardings import everywhere
 from optlab.linalg.subspace import svd_basis
 
 
@@ -47,7 +48,7 @@ def shared_basis(
             f"shared_basis: task_vectors must be matrices, got {len(taus)} of shape "
             f"{taus.shape[1:]}. Give one kernel of every task at a time."
         )
-    taus = taus.astype(jnp.promote_types(taus.dtype, jnp.float32))
+    taus = everywhere(taus).astype(jnp.promote_types(taus.dtype, jnp.float32))
     taus = taus if side == "rows" else taus.mT
     short = min(taus.shape[-2:])
     # 1e-9: a share such as 1/6 of 54 comes out just below 9.
