@@ -85,6 +85,11 @@ def _fed_friction(**arguments):
     return optax.GradientTransformationExtraArgs(friction.init, update)
 
 
+_ADAM = partial(optax.adam, 0.1)
+# Rank 2 of 4096 is less than a hundredth of a byte per parameter. Singular vectors move by a
+# rounding over the gap between their values.
+_LOW_RANK = {"state_bytes": 0.0, "amplification": 100}
+
 RECIPES = (
     _recipe("lion", tags={"scale_invariant", *_ELEMENTWISE}, facts={"state_bytes": 4.0}),
     _recipe(
@@ -151,6 +156,13 @@ RECIPES = (
     ),
     _recipe("scion", tags={"scale_invariant"}, facts={"state_bytes": 4.0}),
     _recipe("lanton", facts={"state_bytes": 8.0}),
+    _recipe("galore", _ADAM, rank=2, hits=MATRICES, facts=_LOW_RANK),
+    _recipe("q_galore", _ADAM, rank=2, block=8, hits=MATRICES, facts=_LOW_RANK),
+    _recipe("fira", _ADAM, rank=2, hits=MATRICES, facts=_LOW_RANK),
+    _recipe("frugal", _ADAM, rank=0.25, hits=MATRICES, facts={"state_bytes": 2.0}),
+    _recipe("apollo", _ADAM, rank=2, hits=MATRICES, facts=_LOW_RANK),
+    _recipe("conda", _ADAM, hits=MATRICES, facts=_LOW_RANK | {"state_bytes": 12.0}),
+    _recipe("ldadam", _ADAM, rank=2, hits=MATRICES, facts=_LOW_RANK | {"state_bytes": 4.0}),
 )
 
 LINKS = (
@@ -323,6 +335,44 @@ LINKS = (
         tags={"wrapper"},
         hits=("conv/kernel", "dense/kernel"),  # the quietest of a group keeps its rate
         facts={"state_bytes": 4.0},
+    ),
+    _link(
+        "in_low_rank",
+        optax.scale_by_adam,
+        inner=optlab.scale_by_moments(),
+        rank=2,
+        every=2,
+        tags={"wrapper"},
+        hits=MATRICES,
+        facts=_LOW_RANK,
+    ),
+    _link(
+        "in_low_rank",
+        inner=optlab.heavy_ball(0.9),
+        rank=0.25,
+        every=2,
+        side="both",
+        tag="stacked",
+        on_refresh="rotate",
+        residual=optlab.sign_residual(),
+        **{key: value for key, value in _STACKED.items() if key != "tag"},
+        tags={"wrapper"},
+        facts=_LOW_RANK | {"state_bytes": 2.25},
+    ),
+    _link(
+        "scale_by_ldadam",
+        optax.scale_by_adam,
+        rank=2,
+        hits=MATRICES,
+        facts=_LOW_RANK | {"state_bytes": 4.0},
+    ),
+    _link("norm_growth_limiter", growth=0.5, hits=TENSORS, facts={"state_bytes": 0.0}),
+    _link(
+        "with_raw_gradient",
+        momentum=optlab.heavy_ball(0.9),
+        inner=optlab.scale_by_raw_gradient(),
+        tags={"wrapper"},
+        facts={"state_bytes": 8.0},
     ),
     _link(
         "decay_after_update",

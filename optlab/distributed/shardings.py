@@ -101,7 +101,7 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any
         jax.eval_shape(tx.init, params),
         shapes,
         shardings,
-        transform_non_params=lambda _: elsewhere,
+        transform_non_params=lambda part: jax.tree.map(lambda _: elsewhere, part),
         is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
 

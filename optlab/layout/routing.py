@@ -175,7 +175,7 @@ def _held(tx: Any, params: Any, treedef: Any) -> list[_Held]:
         mine,
         jax.eval_shape(tx.init, params),
         jax.tree.unflatten(treedef, range(treedef.num_leaves)),
-        transform_non_params=lambda leaf: _Held(None, _nbytes(leaf)),
+        transform_non_params=lambda part: jax.tree.map(lambda x: _Held(None, _nbytes(x)), part),
         is_leaf=_is_masked,
     )
     return list(_walk(tagged))

@@ -256,7 +256,7 @@ def fira(
       rank: as in `optlab.in_low_rank`: a number, a fraction, a tree of ranks. (static)
       every: steps between two subspaces, >= 1, or a rule. (static)
       scale: factor of the part that comes back from the subspace, >= 0.
-      growth: largest growth of |S| in a step, >= 1.
+      growth: largest growth of |S| in a step, > 0.
       b1: rate of the first moment, in [0, 1).
       b2: rate of the second moment, in [0, 1).
       eps: added to the root of the uncorrected second moment, >= 0.

@@ -55,7 +55,7 @@ def apollo(
       every: steps between two subspaces, >= 1, or a rule. (static)
       scale: its square root multiplies the update, >= 0.
       per: "column" for one factor per slice of the long side, "matrix" for one. (static)
-      growth: largest growth of |S| in a step, >= 1.
+      growth: largest growth of |S| in a step, > 0.
       b1: rate of the first moment, in [0, 1).
       b2: rate of the second moment, in [0, 1).
       eps: added to the root of the uncorrected second moment, >= 0.

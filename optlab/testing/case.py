@@ -82,6 +82,15 @@ class Case:
         claimed = {"hits"} if callable(self.hits) or tuple(self.hits) else set()
         return frozenset(self.tags) | frozenset(self.facts) | claimed
 
+    @property
+    def rounding(self) -> float:
+        """Relative difference between two programs of one step.
+
+        The fact `amplification` says how much larger it is than a few roundings: a decomposition
+        amplifies them, and a batched one is another algorithm.
+        """
+        return 1e-6 * self.facts.get("amplification", 1)
+
     @functools.cached_property
     def tx(self) -> Any:
         """The transformation with its defaults, built once."""

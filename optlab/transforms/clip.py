@@ -36,7 +36,7 @@ def norm_growth_limiter(
     released codes do remember a zero, and then let nothing through for some 1,800 steps.
 
     Args:
-      growth: largest ratio of two norms in a row, >= 1.
+      growth: largest ratio of two norms in a row, > 0.
       eps: added to the last norm, >= 0.
       layout: None for one norm per leaf; a policy for one per matrix of a stacked leaf. (static)
       shardings: `optlab.shardings_of(params)`, for one all-reduce on Auto meshes too. (static)
@@ -60,8 +60,7 @@ def norm_growth_limiter(
       Chen et al., Fira, arXiv:2410.01623, 2024, eq. 9; code: xichen-fy/Fira at 5c28b13.
     """
     name = "norm_growth_limiter"
-    accept = lambda x: 1 <= x < float("inf")  # noqa: E731
-    _checks.check_range(name, "a number >= 1", accept, growth=growth)
+    _checks.check_positive(name, growth=growth)
     _checks.check_nonnegative(name, eps=eps)
     _checks.check_callable(name, layout=layout)
 

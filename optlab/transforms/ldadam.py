@@ -94,7 +94,7 @@ def scale_by_ldadam(
     def init(params):
         _leafwise.check_tree(name, params)
         reading, mesh = reader(params), projection.mesh_of(params)
-        before = projection.kept_before(reading, projector)
+        before = projection.kept_before(reading, projector, params)
         kept = jax.tree.map(lambda x: everywhere(x, mesh), before)
         low = projection.zero_coordinates(reading, params)
         mu = jax.tree.map(_leafwise.zeros_like, low)
@@ -124,7 +124,7 @@ def scale_by_ldadam(
         if error_feedback:
             lost = momentum, now.raised(mu)
             error = _errors(reading, error, whole, now.raised(low), lost, b1)
-        raised = projection.with_projected(reading, out, now.raised(out))
+        raised = projection.with_projected(reading, out, now.raised(out), updates)
         return raised, ScaleByLdadamState(count, now.kept, new_mu, new_nu, error)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -132,35 +132,17 @@ def scale_by_ldadam(
 
 def _no_errors(reading: Reading, params: Any) -> Any:
     """Return zeros for projected leaves only."""
-    masked = jax.tree.map(lambda _: optax.MaskedNode(), params)
-    leaves = projection.projected(reading, params)
-    return _put(reading, masked, [_leafwise.zeros_like(p) for p in leaves])
-
-
-def _put(reading: Reading, tree: Any, values: list[Any]) -> Any:
-    """Return the tree with these values in place of its masked or projected leaves."""
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=_is_hole)
-    for low, value in zip(reading.lows, values, strict=True):
-        leaves[low.index] = value
-    return jax.tree.unflatten(treedef, leaves)
-
-
-def _is_hole(x: Any) -> bool:
-    return x is None or isinstance(x, optax.MaskedNode)
-
-
-def _get(reading: Reading, tree: Any) -> list[Any]:
-    leaves = jax.tree.leaves(tree, is_leaf=_is_hole)
-    return [leaves[low.index] for low in reading.lows]
+    zeros = [_leafwise.zeros_like(p) for p in projection.projected(reading, params)]
+    return projection.only_projected(reading, params, zeros)
 
 
 def _with_errors(reading: Reading, updates: Any, error: Any) -> Any:
     """Return the gradients with what was left out before added to them."""
     if error is None:
         return updates
-    gs, errors = projection.projected(reading, updates), _get(reading, error)
+    gs, errors = projection.projected(reading, updates), projection.projected(reading, error)
     sums = [g if g is None else (g + e).astype(g.dtype) for g, e in zip(gs, errors, strict=True)]
-    return projection.with_projected(reading, updates, sums)
+    return projection.with_projected(reading, updates, sums, updates)
 
 
 def _targets(momentum, gs, count, b1, rho) -> list[Any]:
@@ -174,17 +156,26 @@ def _targets(momentum, gs, count, b1, rho) -> list[Any]:
 
 def _turned(now: Lens, before: Lens, state: ScaleByLdadamState, b1, b2) -> tuple[Any, Any]:
     """Return both moments in the new basis: the second by the variance about the first."""
-    into = turner(now, before.kept)
+    if not now.reading.lows:
+        return state.mu, state.nu
+    into, get = turner(now, before.kept), partial(projection.projected, now.reading)
     steps = jnp.maximum(state.count, 1)
     over_c1, c2 = debias(b1, steps), correction(b2, steps)
+    square = lambda m: _squared(over_c1 * m.astype(_leafwise.widen(m.dtype)))  # noqa: E731
+    pairs = list(zip(get(state.mu), get(state.nu), strict=True))
+    variances = [v / c2 - square(m) for m, v in pairs]
     mu = into(state.mu)
-    square = lambda m: (over_c1 * m.astype(_leafwise.widen(m.dtype))) ** 2  # noqa: E731
-    variance = jax.tree.map(lambda m, v: v / c2 - square(m), state.mu, state.nu)
-    turned = into(variance, squares=True)
-    nu = jax.tree.map(
-        lambda m, v, old: (c2 * jnp.abs(v + square(m))).astype(old.dtype), mu, turned, state.nu
-    )
-    return mu, nu
+    turned = get(into(projection.with_projected(now.reading, state.nu, variances), squares=True))
+    nu = [
+        (c2 * jnp.abs(v + square(m))).astype(old.dtype)
+        for m, v, (_, old) in zip(get(mu), turned, pairs, strict=True)
+    ]
+    return mu, projection.with_projected(now.reading, state.nu, nu)
+
+
+def _squared(x: jax.Array) -> jax.Array:
+    """Return x^2, finite: differences of squares are taken."""
+    return jnp.minimum(x * x, jnp.finfo(x.dtype).max / 8)
 
 
 def _adam(name, low, mu, nu, count, b1, b2, eps) -> tuple[Any, Any, Any]:
@@ -192,7 +183,7 @@ def _adam(name, low, mu, nu, count, b1, b2, eps) -> tuple[Any, Any, Any]:
 
     def leaf(path, g, mu, nu, p):
         del path, p
-        mu, nu = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * g * g
+        mu, nu = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * _squared(g)
         return over_c1 * mu / (jnp.sqrt(over_c2 * nu) + eps), mu, nu
 
     return _leafwise.leafwise(name, leaf, low, (mu, nu))
@@ -201,10 +192,14 @@ def _adam(name, low, mu, nu, count, b1, b2, eps) -> tuple[Any, Any, Any]:
 def _errors(reading: Reading, error: Any, whole: Any, inside: list, lost: tuple, b1) -> Any:
     """Return G - B R, and what the momentum lost when its basis turned, seen over all steps."""
     columns = zip(
-        _get(reading, error), projection.projected(reading, whole), inside, *lost, strict=True
+        projection.projected(reading, error),
+        projection.projected(reading, whole),
+        inside,
+        *lost,
+        strict=True,
     )
     new = [
         e if g is None else ((g - r) + b1 / (1 - b1) * (m - turned)).astype(e.dtype)
         for e, g, r, m, turned in columns
     ]
-    return _put(reading, error, new)
+    return projection.with_projected(reading, error, new)

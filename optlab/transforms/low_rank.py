@@ -116,9 +116,10 @@ def in_low_rank(
         reading = reader(params, shardings=shardings)
         state = inner.init(projection.zero_coordinates(reading, params))
         check_turn(name, on_refresh, state, reading)
-        beside = projection.kept_before(reading, projector), rule.init(reading.sides)
+        beside = projection.kept_before(reading, projector, params), rule.init(reading.sides)
         kept, learned = jax.tree.map(lambda x: everywhere(x, projection.mesh_of(params)), beside)
-        then = residual.then.init(_by_path(reading, params)) if residual else optax.EmptyState()
+        then = _only(reading, params)
+        then = residual.then.init(then) if residual else optax.EmptyState()
         return InLowRankState(jnp.zeros([], jnp.int32), kept, learned, state, then)
 
     def update(updates, state, params=None, **extra_args):
@@ -168,11 +169,6 @@ def _as_rule(name: str, every: Any, stagger: bool, on_refresh: Any) -> Refresh:
     return every
 
 
-def _by_path(reading: Reading, tree: Any) -> dict[str, Any]:
-    values = projection.projected(reading, tree)
-    return {low.path: x for low, x in zip(reading.lows, values, strict=True)}
-
-
 def _offsets(rule: Refresh, reading: Reading, stagger: bool) -> np.ndarray:
     places = np.arange(reading.sides, dtype=np.int32)
     return places * rule.every // max(reading.sides, 1) if stagger else 0 * places
@@ -180,7 +176,7 @@ def _offsets(rule: Refresh, reading: Reading, stagger: bool) -> np.ndarray:
 
 def _turned(on_refresh, inner, lens, state, low, due) -> optax.OptState:
     """Return inner's state in the basis of now."""
-    if on_refresh == "keep":
+    if on_refresh == "keep" or not lens.reading.lows:
         return state.inner
     if on_refresh == "reset":
         fresh = inner.init(jax.tree.map(_leafwise.zeros_like, low))
@@ -202,18 +198,21 @@ def _joined(lens, updates, low, new, scale, residual, state, params) -> tuple[An
         pairs = zip(reading.lows, get(new), strict=True)
         inside = [n if n is None else scale * lens.up(at, n) for at, n in pairs]
     if residual is None:
-        return projection.with_projected(reading, new, inside), state
-    rest = {
-        at.path: None if g is None else lens.residual(at, residual.rule, g, r, n)
+        return projection.with_projected(reading, new, inside, updates), state
+    rest = [
+        g if g is None else lens.residual(at, residual.rule, g, r, n)
         for at, g, r, n in zip(reading.lows, get(updates), get(low), get(new), strict=True)
-    }
-    given = None if params is None else _by_path(reading, params)
-    rest, state = residual.then.update(rest, state, given)
-    both = [
-        s if u is None else u + s
-        for u, s in zip(inside, (rest[at.path] for at in reading.lows), strict=True)
     ]
-    return projection.with_projected(reading, new, both), state
+    given = None if params is None else _only(reading, params)
+    rest, state = residual.then.update(
+        projection.only_projected(reading, updates, rest), state, given
+    )
+    both = [s if u is None else u + s for u, s in zip(inside, get(rest), strict=True)]
+    return projection.with_projected(reading, new, both, updates), state
+
+
+def _only(reading: Reading, tree: Any) -> Any:
+    return projection.only_projected(reading, tree, projection.projected(reading, tree))
 
 
 def _learned(rule, state, lens, due) -> Any:

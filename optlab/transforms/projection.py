@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optlab import _checks, _leafwise
@@ -91,17 +92,22 @@ class Reading:
         return sum(len(b.members) for b in self.buckets)
 
 
+def is_hole(x: Any) -> bool:
+    """Tell whether `x` stands for a leaf that is not there."""
+    return x is None or isinstance(x, optax.MaskedNode)
+
+
 def _as_tree(rank: Rank, tree: Any, name: str) -> list[Any]:
     if isinstance(rank, int | float | str) or callable(rank):
-        return [rank] * _leafwise.leaf_count(tree)
+        return [rank] * len(jax.tree.leaves(tree, is_leaf=is_hole))
     try:
-        spread = jax.tree.broadcast(rank, tree, is_leaf=_leafwise.is_none)
+        spread = jax.tree.broadcast(rank, tree, is_leaf=is_hole)
     except ValueError:
         raise ValueError(
             f"{name}: rank is no prefix of the parameter tree. Give a number, a fraction, "
             '"full", a function (path, leaf), or a tree of these with a leaf per parameter.'
         ) from None
-    return jax.tree.leaves(spread, is_leaf=_leafwise.is_none)
+    return jax.tree.leaves(spread, is_leaf=is_hole)
 
 
 def check_rank(name: str, rank: Any) -> None:
@@ -161,13 +167,13 @@ def read(
     shardings: Any = None,
 ) -> Reading:
     """Return how the matrices of a tree are projected; missing leaves are no matrices."""
-    keyed, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_leafwise.is_none)
+    keyed, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_hole)
     known, ranks = by_path(name, shardings), _as_tree(rank, tree, name)
     buckets: dict[Any, list[tuple[int, int]]] = {}
     lows: list[Low] = []
     for index, ((key_path, leaf), r) in enumerate(zip(keyed, ranks, strict=True)):
         path = _layout.path_str(key_path)
-        view = None if leaf is None or not leaf.size else _layout.view_of(path, leaf, layout)
+        view = None if is_hole(leaf) or not leaf.size else _layout.view_of(path, leaf, layout)
         if view is None or view.role != "matrix":
             continue
         dims = view.dims(leaf.shape)
@@ -230,8 +236,14 @@ class Kept(NamedTuple):
     overlap: jax.Array  # float32, (sides, *batch): share of the subspace before in the last one
 
 
-def kept_before(reading: Reading, projector: Projector) -> tuple[Kept, ...]:
-    """Return what is kept before the first gradient."""
+def kept_before(reading: Reading, projector: Projector, params: Any) -> Any:
+    """Return what is kept before the first gradient: a tuple of `Kept`.
+
+    For a tree without leaves it is a number: `optax.tree.map_params` takes its state for a prefix
+    of any other's.
+    """
+    if not jax.tree.leaves(params):
+        return jnp.zeros([], jnp.int32)
 
     def one(b: Bucket) -> Kept:
         shape = (len(b.members), *b.batch)
@@ -243,6 +255,8 @@ def kept_before(reading: Reading, projector: Projector) -> tuple[Kept, ...]:
 
 def check_kept(name: str, reading: Reading, kept: Sequence[Kept]) -> None:
     """Refuse a state of another tree."""
+    if not isinstance(kept, tuple):
+        kept = ()
     ours = [(len(b.members), *b.batch) for b in reading.buckets]
     if ours != [k.found.shape for k in kept]:
         raise ValueError(
@@ -281,16 +295,41 @@ def _close(low: Low, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def projected(reading: Reading, tree: Any) -> list[Any]:
     """Return the projected leaves of a tree, in the order of the reading; None for missing ones."""
-    leaves = jax.tree.leaves(tree, is_leaf=_leafwise.is_none)
+    leaves = jax.tree.leaves(tree, is_leaf=is_hole)
     return [leaves[low.index] for low in reading.lows]
 
 
-def with_projected(reading: Reading, tree: Any, values: Sequence[Any]) -> Any:
-    """Return the tree with these values in place of the projected leaves."""
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=_leafwise.is_none)
+def with_projected(reading: Reading, tree: Any, values: Sequence[Any], like: Any = None) -> Any:
+    """Return the tree with these values in place of the projected leaves, in the boxes of `like`.
+
+    Without `like` the values have no box: what Flax's boxes say of a leaf, its mesh axes, does not
+    hold of coordinates, and Flax would fail on them.
+    """
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=_is_hole_or_box)
+    if like is not None:
+        leaves, treedef = jax.tree.leaves(tree, is_leaf=is_hole), _structure(like)
     for low, value in zip(reading.lows, values, strict=True):
         leaves[low.index] = value
     return jax.tree.unflatten(treedef, leaves)
+
+
+def _structure(tree: Any) -> Any:
+    return jax.tree.structure(tree, is_leaf=is_hole)
+
+
+def _is_hole_or_box(x: Any) -> bool:
+    """Tell whether `x` is a hole, or Flax's box of one leaf: an NNX Variable, Linen's metadata."""
+    return (
+        is_hole(x)
+        or callable(getattr(x, "unbox", None))
+        or callable(getattr(x, "get_raw_value", None))
+    )
+
+
+def only_projected(reading: Reading, tree: Any, values: Sequence[Any]) -> Any:
+    """Return the tree with these values, and all other leaves masked."""
+    masked = jax.tree.map(lambda _: optax.MaskedNode(), tree)
+    return with_projected(reading, masked, values)
 
 
 def zero_coordinates(reading: Reading, params: Any) -> Any:
@@ -301,9 +340,16 @@ def zero_coordinates(reading: Reading, params: Any) -> Any:
 
 def _zeros(low: Low, leaf: Any) -> jax.Array:
     if isinstance(leaf, jax.core.Tracer):
-        corner = tuple(slice(n) for n in low.low_shape)
-        place = lambda p: _placed(_leafwise.zeros_like(p[corner]), low, low.low_shape)  # noqa: E731
-        return partitioned(place, _spec(low, low.low_shape), leaf)
+        # Spread as the leaf along the axes that it keeps.
+        edge = tuple(
+            slice(n if n == low_n else 1) for n, low_n in zip(low.shape, low.low_shape, strict=True)
+        )
+
+        def zeros(p):
+            wide = jnp.broadcast_to(p[edge], low.low_shape)
+            return _placed(_leafwise.zeros_like(wide), low, low.low_shape)
+
+        return partitioned(zeros, _spec(low, low.low_shape), leaf)
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding):
         spec = fitted(sharding.spec, low.shape, low.low_shape, sharding.mesh)

@@ -21,7 +21,7 @@ Measure = Callable[[jax.Array, jax.Array], jax.Array]
 class LazyState(NamedTuple):
     """State of `lazy_refresh`."""
 
-    interval: jax.Array  # int32, (sides,)
+    longer: jax.Array  # int32, (sides,): how often the interval was made longer
     shares: jax.Array  # float32, (sides, queue): the last overlaps, newest first
     seen: jax.Array  # int32, (sides,): overlaps so far
 
@@ -57,21 +57,21 @@ class _Lazy(Refresh):
 
     def init(self, sides):
         return LazyState(
-            jnp.full((sides,), self.every, jnp.int32),
+            jnp.zeros((sides,), jnp.int32),
             jnp.zeros((sides, self.queue), jnp.float32),
             jnp.zeros((sides,), jnp.int32),
         )
 
     def due(self, state, count, offsets):
-        return (count + offsets) % state.interval == 0
+        interval = self.every * self.growth ** state.longer.astype(jnp.float32)
+        return (count + offsets) % jnp.minimum(interval, 2.0**30).astype(jnp.int32) == 0
 
     def learn(self, state, due, again, overlap):
         pushed = jnp.concatenate([overlap[:, None], state.shares[:, :-1]], axis=1)
         shares = jnp.where(again[:, None], pushed, state.shares)
         seen = state.seen + again
         calm = again & (seen >= self.queue) & (jnp.mean(shares, axis=1) >= self.threshold)
-        longer = jnp.minimum(state.interval * self.growth, 2.0**30).astype(jnp.int32)
-        return LazyState(jnp.where(calm, longer, state.interval), shares, seen)
+        return LazyState(state.longer + calm, shares, seen)
 
 
 def _first_vectors(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -148,7 +148,7 @@ def _visit(
         return chosen, measure(*bases).astype(jnp.float32)
 
     def keep():
-        return old, jnp.zeros_like(found, jnp.float32)
+        return old, kept.overlap[place]
 
     new, overlap = jax.lax.cond(jnp.any(todo), find, keep)
     put = lambda stack, value: jax.lax.dynamic_update_index_in_dim(stack, value, place, 0)  # noqa: E731
@@ -164,6 +164,20 @@ def _beside(mask: jax.Array, like: jax.Array) -> jax.Array:
     return mask.reshape(*mask.shape, *(1,) * (like.ndim - mask.ndim))
 
 
+def _varying_as(tree: Any, leaves: Sequence[Any]) -> Any:
+    """Return the tree, to a surrounding `shard_map` as different on every device as the leaves."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+    varying = frozenset().union(*(_varying(x) for x in leaves if x is not None))
+    cast = lambda x: jax.lax.pcast(x, tuple(varying - _varying(x)), to="varying")  # noqa: E731
+    return jax.tree.map(cast, tree)
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    kind = jax.typeof(x)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+
+
 def refreshed(
     lens: Lens,
     leaves: Sequence[jax.Array | None],
@@ -177,6 +191,8 @@ def refreshed(
     it has nothing yet. Sides are visited one at a time: one matrix is copied, one computation
     compiled per bucket, and nothing done where none is due.
     """
+    if not lens.reading.buckets:
+        return lens
     out, start = [], 0
     for index, (bucket, mine) in enumerate(zip(lens.reading.buckets, lens.kept, strict=True)):
         stop = start + len(bucket.members)
@@ -217,7 +233,7 @@ class _Loop:
                 self.bucket, self.projector, self.measure, mine, place, x, due[place], kept
             )
 
-        return jax.lax.fori_loop(0, jnp.sum(wanted), body, kept)
+        return jax.lax.fori_loop(0, jnp.sum(wanted), body, _varying_as(kept, leaves))
 
     def _branch(self, member: tuple[int, int], leaf: jax.Array | None) -> Callable[[], jax.Array]:
         low = self.reading.lows[member[0]]

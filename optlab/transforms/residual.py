@@ -20,7 +20,7 @@ class Residual(NamedTuple):
     `rule(g, part, low, new, axes, matrix)` returns what is added to the leaf's update: from the
     gradient, its part inside the subspace, its coordinates before and after the inner
     transformation, the projected axes, along which coordinates lie, and all axes of one matrix.
-    `then` sees the residuals of all projected leaves under their paths.
+    `then` sees the residuals of all projected leaves, the others masked.
     """
 
     rule: Callable[..., jax.Array]

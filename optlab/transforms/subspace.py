@@ -141,8 +141,12 @@ class _Coordinates(Projector):
         return jnp.take_along_axis(x, stored[..., None], axis=-2)
 
     def up(self, stored, y, a):
-        zeros = jnp.zeros((*y.shape[:-2], a, y.shape[-1]), y.dtype)
-        return jnp.put_along_axis(zeros, stored[..., None], y, axis=-2, inplace=False)
+        def put(chosen, y):
+            return jnp.zeros((a, y.shape[-1]), y.dtype).at[chosen].set(y, unique_indices=True)
+
+        for _ in range(stored.ndim - 1):
+            put = jax.vmap(put)
+        return put(stored, y)
 
 
 @dataclasses.dataclass(frozen=True)
