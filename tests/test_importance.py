@@ -105,6 +105,14 @@ def test_without_gradients_it_is_wanda_and_without_activations_gradients_alone()
     np.testing.assert_allclose(pick(alone, "conv"), want, rtol=2e-6)
 
 
+def test_norms_of_activations_meet_their_inputs_where_layers_come_after_them():
+    """Heads are layers here, on the axis between inputs and outputs."""
+    policy = layout.rules({"": layout.MatrixView(rows=(0,), cols=(2,))})
+    w, x_norms = np.ones((4, 2, 3), "f4"), np.arange(8.0).reshape(2, 4)
+    scores = gblm_scores({"w": w}, x_norms={"w": x_norms}, layout=policy)["w"]
+    np.testing.assert_array_equal(scores, np.broadcast_to(x_norms.T[..., None], w.shape))
+
+
 @pytest.mark.parametrize("how", [{"ratio": 0.5}, {"ratio": 0.3}, {"pattern": (1, 4)}])
 def test_masks_agree_with_the_reference(how):
     scores = gblm_scores(PARAMS, sums(1), layout=LAYOUT)

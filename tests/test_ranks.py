@@ -92,6 +92,10 @@ def test_stacked_layers_share_the_largest_rank_and_count_as_such():
     )
     assert found.ranks["layers/w"] == own[1]
     assert found.reduction == pytest.approx(1 - own[1] / 6)
+    beside = {"layers/w": np.stack(layers), "w": TREE["dense"]["kernel"]}
+    found = rank_by_energy(beside, threshold=0.3, min_ratio=0, layout=layout.stacked("^layers"))
+    kept = 2 * found.ranks["layers/w"] + found.ranks["w"]
+    assert found.reduction == pytest.approx(1 - kept / (2 * 6 + 10))
 
 
 def test_holes_and_empty_leaves_are_passed_over():

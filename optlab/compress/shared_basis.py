@@ -51,7 +51,7 @@ def shared_basis(
     taus = everywhere(taus).astype(jnp.promote_types(taus.dtype, jnp.float32))
     taus = taus if side == "rows" else taus.mT
     short = min(taus.shape[-2:])
-    # 1e-9: a share such as 1/6 of 54 comes out just below 9.
+    # 1e-9: 0.29 of 100 comes out just below 29.
     wanted = rank if isinstance(rank, int) else math.floor(rank * short + 1e-9)
     firsts = svd_basis(taus, max(1, short // len(taus)))  # (N, ..., a, q)
     together = jnp.concatenate(list(firsts), axis=-1)

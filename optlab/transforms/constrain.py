@@ -252,12 +252,12 @@ def keep_sparsity(
 
     Example:
       >>> import jax.numpy as jnp, optax, optlab
-      >>> tx = optax.chain(optax.adam(0.1), optlab.keep_sparsity())
+      >>> tx = optax.chain(optax.sgd(0.25), optlab.keep_sparsity())
       >>> params = {"kernel": jnp.array([[1.0, 0.0], [0.0, 1.0]])}
       >>> u, _ = tx.update({"kernel": jnp.ones((2, 2))}, tx.init(params), params)
       >>> print(optax.apply_updates(params, u)["kernel"])
-      [[0.9 0. ]
-       [0.  0.9]]
+      [[0.75 0.  ]
+       [0.   0.75]]
 
     Deviations:
       PERP's code reads the mask as p == 0 at run time. Vectors are not pruned by either paper, so
