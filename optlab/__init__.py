@@ -16,6 +16,7 @@ from optlab.recipes import (
     fira,
     frugal,
     galore,
+    grad_norm_lorp,
     lamb,
     lanton,
     lars,
@@ -32,6 +33,7 @@ from optlab.recipes import (
     signum,
 )
 from optlab.schedules.shapes import wsd
+from optlab.state.memory import StateField, compressed_bytes, state_bytes, state_fields
 from optlab.transforms import kappa
 from optlab.transforms.adaptive import (
     scale_by_belief,
@@ -58,6 +60,7 @@ from optlab.transforms.radial import normalize_and_project, project_radial, remo
 from optlab.transforms.raw_gradient import scale_by_raw_gradient, with_raw_gradient
 from optlab.transforms.refresh import lazy_refresh
 from optlab.transforms.residual import column_scaled_residual, plain_residual, sign_residual
+from optlab.transforms.select_blocks import select_blocks
 from optlab.transforms.shape_scale import scale_by_shape
 from optlab.transforms.sign import apply_kappa, scale_by_lion_k, scale_by_sign_momentum
 from optlab.transforms.subspace import (
@@ -73,11 +76,13 @@ from optlab.transforms.trust_ratio import (
     scale_by_inverse_row_norm,
     scale_by_trust_ratio,
 )
+from optlab.transforms.weight_norm import in_weight_norm
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MatrixView",
+    "StateField",
     "adabelief",
     "adagrad_norm",
     "adamp",
@@ -86,6 +91,7 @@ __all__ = [
     "apollo",
     "apply_kappa",
     "column_scaled_residual",
+    "compressed_bytes",
     "conda",
     "coordinate_projector",
     "debiased_ema",
@@ -96,8 +102,10 @@ __all__ = [
     "fira",
     "frugal",
     "galore",
+    "grad_norm_lorp",
     "heavy_ball",
     "in_low_rank",
+    "in_weight_norm",
     "interpolate_momentum",
     "kappa",
     "lamb",
@@ -140,11 +148,14 @@ __all__ = [
     "scale_by_sign_momentum",
     "scale_by_trust_ratio",
     "scion",
+    "select_blocks",
     "sgd_sai",
     "sgdp",
     "shardings_of",
     "sign_residual",
     "signum",
+    "state_bytes",
+    "state_fields",
     "state_sharding",
     "svd_projector",
     "with_previous_updates",

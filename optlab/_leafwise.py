@@ -29,6 +29,17 @@ def is_none(x: Any) -> bool:
     return x is None
 
 
+def is_hole(x: Any) -> bool:
+    """Tell whether `x` stands for a leaf that is not there."""
+    return x is None or isinstance(x, optax.MaskedNode)
+
+
+def is_hole_or_box(x: Any) -> bool:
+    """Tell whether `x` is a hole, or Flax's box of one leaf: an NNX Variable, Linen's metadata."""
+    unboxes = (getattr(x, name, None) for name in ("unbox", "get_raw_value"))
+    return is_hole(x) or any(map(callable, unboxes))
+
+
 def increment(count: jax.Array) -> jax.Array:
     """Return the next count, which stays at the largest int32 rather than wrap."""
     return jnp.asarray(optax.safe_increment(count))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import golden_low_rank
 import golden_orthogonal
 import jax
 import numpy as np
@@ -193,7 +194,9 @@ def _lookup(table: dict[str, Any], method: str) -> Any:
 def replay(case: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[list[Any], Any]:
     """Run the trajectory; return the parameters after each step and the last state."""
     hyper = Hyper(case["hyperparameters"])
-    tx = _lookup(TRAJECTORIES, case["method"])(hyper, case["variant"])
+    known = TRAJECTORIES | golden_low_rank.TRAJECTORIES
+    injected = (arrays,) if case["method"] in golden_low_rank.TRAJECTORIES else ()
+    tx = _lookup(known, case["method"])(hyper, case["variant"], *injected)
     if hyper:
         raise NotImplementedError(f"unknown hyperparameters {sorted(hyper)}")
     params = group(arrays, "param.")

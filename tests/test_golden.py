@@ -6,7 +6,10 @@ case whose method or hyperparameter is unknown fails by name.
 
 import itertools
 
+import golden_blocks
 import golden_cases
+import golden_constrained
+import golden_low_rank
 import golden_orthogonal
 import jax
 import jax.numpy as jnp
@@ -17,10 +20,14 @@ from optlab.linalg.polar import svd_polar
 # Absolute, float32, on trajectories of 8 to 10 steps; the bounds of the cases' own notes, the
 # second one for methods that orthogonalize, the third for matrices short of rank.
 TOLERANCE, ORTHOGONAL_TOLERANCE, DEFICIENT_TOLERANCE = 2e-6, 1e-5, 1e-4
+# With injected bases; ours of an SVD come as close.
+LOW_RANK_TOLERANCE = 5e-6
 # Of an iteration in bfloat16, on the whole move: error over the largest move, and cosine.
 BFLOAT16_ERROR, BFLOAT16_COSINE = 2e-2, 0.9995
 # Relative to the peak, float32.
 SCHEDULE_TOLERANCE = 1e-5
+# Methods whose cases record more than a trajectory.
+CHECKED = golden_blocks.CASES | golden_constrained.CASES
 # Absolute, on polar factors.
 POLAR_TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
@@ -36,6 +43,12 @@ def test_case_is_reproduced(path):
     case, arrays = golden_cases.load(path)
     if case["method"] in golden_cases.ITERATIONS:
         _check_polar_factors(case, arrays)
+    elif case["method"] in CHECKED:
+        CHECKED[case["method"]](case, arrays)
+    elif case["method"] == "frugal" and "block_order" in case["hyperparameters"]:
+        golden_blocks.frugal_blocks(case, arrays)
+    elif case["method"] == "qgalore" and not case["steps"]:
+        golden_low_rank.check_rounded_weights(case, arrays)
     elif case["method"] == "scion_lmo":
         _check_directions(case, arrays)
     elif "bfloat16" in case.get("variant", ""):
@@ -50,7 +63,8 @@ def _check_trajectory(case, arrays):
     found, state = golden_cases.replay(case, arrays)
     start = golden_cases.group(arrays, "param.")
     orthogonal = case["method"] in golden_orthogonal.TRAJECTORIES
-    bound = ORTHOGONAL_TOLERANCE if orthogonal else TOLERANCE
+    low_rank = case["method"] in golden_low_rank.TRAJECTORIES
+    bound = ORTHOGONAL_TOLERANCE if orthogonal else LOW_RANK_TOLERANCE if low_rank else TOLERANCE
     for t, params in enumerate(found):
         expected = golden_cases.group(arrays, f"out.{t}.")
         assert params.keys() == expected.keys()
@@ -62,6 +76,7 @@ def _check_trajectory(case, arrays):
     assert moved > 100 * bound, "the case does not move: it proves nothing"
     _check_snr(arrays, state, list(start))
     _check_noise(case, arrays, state)
+    golden_low_rank.check_internals(case, arrays, state)
 
 
 def _check_snr(arrays, state, names):

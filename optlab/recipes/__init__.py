@@ -4,7 +4,7 @@ from optlab.recipes.elementwise import adabelief, adagrad_norm, diffgrad
 from optlab.recipes.layerwise import allora, lamb, lars, sgd_sai
 from optlab.recipes.lmo import lanton, scion
 from optlab.recipes.low_rank import fira, frugal, galore, q_galore
-from optlab.recipes.low_rank_scaling import apollo, conda, ldadam
+from optlab.recipes.low_rank_scaling import apollo, conda, grad_norm_lorp, ldadam
 from optlab.recipes.orthogonal import muon, normuon
 from optlab.recipes.radial import adamp, nap, sgdp
 from optlab.recipes.sign import lion, lion_k, signum
@@ -20,6 +20,7 @@ __all__ = [
     "fira",
     "frugal",
     "galore",
+    "grad_norm_lorp",
     "lamb",
     "lanton",
     "lars",

@@ -45,14 +45,17 @@ class PlainAdam:
         return optax.chain(*links, decay, optax.scale_by_learning_rate(rate))
 
     def route(self, *links: optax.GradientTransformation) -> Any:
-        """Return the links for matrices, and the same Adam for other leaves."""
+        """Return the links, finished, for matrices, and the same Adam for other leaves."""
         _checks.check_nonnegative(self.name, learning_rate=self.learning_rate, schedule=True)
+        return self.beside(self.finish(*links, rate=self.learning_rate))
+
+    def beside(self, matrices: optax.GradientTransformation) -> Any:
+        """Return an optimizer for matrices, and the same Adam for other leaves."""
         rate = routing.rate_of_fallback(
             self.name, self.learning_rate, self.fallback_learning_rate, 1.0
         )
         fallback = self.fallback or self.finish(self.moments(), rate=rate)
-        matrices = {"matrix": self.finish(*links, rate=self.learning_rate)}
-        return routing.by_role(self.name, matrices, fallback, self.layout)
+        return routing.by_role(self.name, {"matrix": matrices}, fallback, self.layout)
 
 
 @dataclasses.dataclass(frozen=True)

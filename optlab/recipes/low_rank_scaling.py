@@ -1,4 +1,4 @@
-"""Adam by a sketch, in a rotation, in a subspace that turns: APOLLO, Conda, LDAdam."""
+"""Adam by a sketch, in a rotation, in other subspaces: APOLLO, Conda, LDAdam, GradNormLoRP."""
 
 from typing import Any
 
@@ -17,6 +17,7 @@ from optlab.transforms.raw_gradient import scale_by_raw_gradient, with_raw_gradi
 from optlab.transforms.refresh import Refresh
 from optlab.transforms.residual import column_scaled_residual
 from optlab.transforms.subspace import Projector, power_projector, random_projector
+from optlab.transforms.weight_norm import in_weight_norm
 
 
 @_checks.explain_calls
@@ -265,8 +266,7 @@ def ldadam(
 
     State:
       basis: a r numbers per matrix (m, n), a = min(m, n); mu, nu: r b, b = max(m, n); error: 4
-        bytes per
-      float32 parameter with error_feedback; Adam's 8 of the other leaves.
+        bytes per float32 parameter with error_feedback; Adam's 8 of the other leaves.
 
     Raises:
       ValueError: a rate or a rank outside its range; a leaf that the layout cannot read, by name.
@@ -305,3 +305,102 @@ def ldadam(
         shardings=shardings,
     )
     return adam.route(low)
+
+
+@_checks.explain_calls
+def grad_norm_lorp(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: Rank = 128,
+    every: int | Refresh = 200,
+    scale: ArrayLike = 0.25,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-6,
+    official: bool = False,
+    inner: optax.GradientTransformation | None = None,
+    projector: Projector | None = None,
+    stagger: bool = False,
+    weight_decay: ArrayLike = 0.0,
+    weight_decay_mask: _leafwise.Mask = None,
+    mu_dtype: DTypeLike | None = None,
+    layout: _layout.Policy = _layout.flax,
+    fallback: optax.GradientTransformation | None = None,
+    fallback_learning_rate: optax.ScalarOrSchedule | None = None,
+    shardings: Any = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore on the directions of the neurons' weights, Adam on their lengths (GradNormLoRP).
+
+    The step of `optlab.in_weight_norm`: the part of the gradient that turns a neuron's weights goes
+    through `galore`, the part that lengthens them through plain Adam, each with the learning rate.
+
+    Args:
+      learning_rate: step size, >= 0, or a schedule.
+      rank: as in `optlab.in_low_rank`: a number, a fraction, a tree of ranks. (static)
+      every: steps between two subspaces, >= 1, or a rule. (static)
+      scale: factor of the part that comes back from the subspace, >= 0; the released class has 1.
+      b1: rate of the first moment, in [0, 1).
+      b2: rate of the second moment, in [0, 1).
+      eps: added to the root of the uncorrected second moment, >= 0.
+      official: as the released class: see `optlab.in_weight_norm`. (static)
+      inner: None for raw Adam; any transformation to run on the coordinates, such as one whose
+        state is compressed. (static)
+      projector: None for `power_projector()`, which costs a fraction of the exact `svd_projector()`
+        of the released code. (static)
+      stagger: spread the refreshes over the steps between. (static)
+      weight_decay: decay of directions, lengths and other leaves, after the step, >= 0.
+      weight_decay_mask: leaves that decay. (static)
+      mu_dtype: dtype of the first moment; None for the parameter's. (static)
+      layout: which axes are inputs and outputs, and which leaves are no matrices. (static)
+      fallback: optimizer of the other leaves; None for the same Adam without a subspace.
+      fallback_learning_rate: rate of that Adam, or a schedule; None for `learning_rate`.
+      shardings: `optlab.shardings_of(params)`, needed on Auto meshes only. (static)
+      seed: of what is random in the projector. (static)
+
+    Returns:
+      An optimizer; a neuron's length changes by about lr, its direction as by `galore`.
+
+    State:
+      basis: a r numbers per matrix (m, n), a = min(m, n); mu, nu: r b each, b = max(m, n), nu in
+      float32 or wider; Adam's 8 bytes per float32 parameter of the other leaves.
+      mu, nu of one number per neuron; with `official` v, the parameter's shape.
+
+    Raises:
+      ValueError: a rate or a rank outside its range; a leaf that the layout cannot read, by name.
+
+    Example:
+      >>> import jax.numpy as jnp, optlab
+      >>> tx = optlab.grad_norm_lorp(0.1, rank=1)
+      >>> p = {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}
+      >>> u, state = tx.update(p, tx.init(p), p)
+      >>> print(state.inner_states["matrix"].inner_state.magnitude[0].mu["kernel"].shape)
+      (1, 8)
+
+    Deviations:
+      The low-rank weights of the paper are a change of the model and not here, and its basis has
+      two sides, as `optlab.in_low_rank(side="both")`. The released class keeps a copy of the
+      weights, takes the whole gradient for the direction, and forgets the length it trained:
+      `official`.
+
+    References:
+      Huang et al., GradNormLoRP: gradient weight-normalized low-rank projection for efficient LLM
+      training, arXiv:2412.19616, 2024; code: Jhhuangkay's repository of that name at 66c8e76.
+    """
+    adam = LateAdam(
+        "grad_norm_lorp", learning_rate, b1, b2, eps, weight_decay, weight_decay_mask, mu_dtype,
+        layout, fallback, fallback_learning_rate,
+    )  # fmt: skip
+    low = in_low_rank(
+        inner or adam.moments(),
+        projector,
+        rank=rank,
+        every=every,
+        stagger=stagger,
+        scale=scale,
+        seed=seed,
+        layout=layout,
+        shardings=shardings,
+    )
+    direction, magnitude = (adam.finish(x, rate=learning_rate) for x in (low, adam.moments()))
+    return adam.beside(in_weight_norm(direction, magnitude, official=official, layout=layout))

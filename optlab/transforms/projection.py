@@ -92,22 +92,17 @@ class Reading:
         return sum(len(b.members) for b in self.buckets)
 
 
-def is_hole(x: Any) -> bool:
-    """Tell whether `x` stands for a leaf that is not there."""
-    return x is None or isinstance(x, optax.MaskedNode)
-
-
 def _as_tree(rank: Rank, tree: Any, name: str) -> list[Any]:
     if isinstance(rank, int | float | str) or callable(rank):
-        return [rank] * len(jax.tree.leaves(tree, is_leaf=is_hole))
+        return [rank] * len(jax.tree.leaves(tree, is_leaf=_leafwise.is_hole))
     try:
-        spread = jax.tree.broadcast(rank, tree, is_leaf=is_hole)
+        spread = jax.tree.broadcast(rank, tree, is_leaf=_leafwise.is_hole)
     except ValueError:
         raise ValueError(
             f"{name}: rank is no prefix of the parameter tree. Give a number, a fraction, "
             '"full", a function (path, leaf), or a tree of these with a leaf per parameter.'
         ) from None
-    return jax.tree.leaves(spread, is_leaf=is_hole)
+    return jax.tree.leaves(spread, is_leaf=_leafwise.is_hole)
 
 
 def check_rank(name: str, rank: Any) -> None:
@@ -167,13 +162,14 @@ def read(
     shardings: Any = None,
 ) -> Reading:
     """Return how the matrices of a tree are projected; missing leaves are no matrices."""
-    keyed, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_hole)
+    keyed, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_leafwise.is_hole)
     known, ranks = by_path(name, shardings), _as_tree(rank, tree, name)
     buckets: dict[Any, list[tuple[int, int]]] = {}
     lows: list[Low] = []
     for index, ((key_path, leaf), r) in enumerate(zip(keyed, ranks, strict=True)):
         path = _layout.path_str(key_path)
-        view = None if is_hole(leaf) or not leaf.size else _layout.view_of(path, leaf, layout)
+        absent = _leafwise.is_hole(leaf) or not leaf.size
+        view = None if absent else _layout.view_of(path, leaf, layout)
         if view is None or view.role != "matrix":
             continue
         dims = view.dims(leaf.shape)
@@ -295,7 +291,7 @@ def _close(low: Low, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def projected(reading: Reading, tree: Any) -> list[Any]:
     """Return the projected leaves of a tree, in the order of the reading; None for missing ones."""
-    leaves = jax.tree.leaves(tree, is_leaf=is_hole)
+    leaves = jax.tree.leaves(tree, is_leaf=_leafwise.is_hole)
     return [leaves[low.index] for low in reading.lows]
 
 
@@ -305,25 +301,16 @@ def with_projected(reading: Reading, tree: Any, values: Sequence[Any], like: Any
     Without `like` the values have no box: what Flax's boxes say of a leaf, its mesh axes, does not
     hold of coordinates, and Flax would fail on them.
     """
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=_is_hole_or_box)
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=_leafwise.is_hole_or_box)
     if like is not None:
-        leaves, treedef = jax.tree.leaves(tree, is_leaf=is_hole), _structure(like)
+        leaves, treedef = jax.tree.leaves(tree, is_leaf=_leafwise.is_hole), _structure(like)
     for low, value in zip(reading.lows, values, strict=True):
         leaves[low.index] = value
     return jax.tree.unflatten(treedef, leaves)
 
 
 def _structure(tree: Any) -> Any:
-    return jax.tree.structure(tree, is_leaf=is_hole)
-
-
-def _is_hole_or_box(x: Any) -> bool:
-    """Tell whether `x` is a hole, or Flax's box of one leaf: an NNX Variable, Linen's metadata."""
-    return (
-        is_hole(x)
-        or callable(getattr(x, "unbox", None))
-        or callable(getattr(x, "get_raw_value", None))
-    )
+    return jax.tree.structure(tree, is_leaf=_leafwise.is_hole)
 
 
 def only_projected(reading: Reading, tree: Any, values: Sequence[Any]) -> Any:
