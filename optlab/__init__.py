@@ -1,10 +1,12 @@
 """Composable gradient transformations for JAX: what networks are trained with after optax."""
 
 from optlab import layout
+from optlab.compress import gblm_scores, importance_mask, rank_by_energy, shared_basis
 from optlab.distributed.options import plan
 from optlab.distributed.shardings import shardings_of, state_sharding
 from optlab.layout import MatrixView, describe
 from optlab.linalg import polar
+from optlab.linalg.ranks import factorize
 from optlab.recipes import (
     adabelief,
     adagrad_norm,
@@ -33,7 +35,7 @@ from optlab.recipes import (
     signum,
 )
 from optlab.schedules.shapes import wsd
-from optlab.state.memory import StateField, compressed_bytes, state_bytes, state_fields
+from optlab.state.memory import compressed_bytes, state_bytes, state_fields
 from optlab.transforms import kappa
 from optlab.transforms.adaptive import (
     scale_by_belief,
@@ -42,7 +44,9 @@ from optlab.transforms.adaptive import (
     scale_by_moments,
 )
 from optlab.transforms.clip import norm_growth_limiter
+from optlab.transforms.constrain import keep_sparsity, project_onto_subspace
 from optlab.transforms.decay import add_cautious_decay, decay_after_update
+from optlab.transforms.importance import accumulate_importance
 from optlab.transforms.ldadam import scale_by_ldadam
 from optlab.transforms.lmo import scale_by_lmo
 from optlab.transforms.low_rank import in_low_rank
@@ -82,7 +86,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MatrixView",
-    "StateField",
+    "accumulate_importance",
     "adabelief",
     "adagrad_norm",
     "adamp",
@@ -99,15 +103,19 @@ __all__ = [
     "describe",
     "diffgrad",
     "ema_from_first",
+    "factorize",
     "fira",
     "frugal",
     "galore",
+    "gblm_scores",
     "grad_norm_lorp",
     "heavy_ball",
+    "importance_mask",
     "in_low_rank",
     "in_weight_norm",
     "interpolate_momentum",
     "kappa",
+    "keep_sparsity",
     "lamb",
     "lanton",
     "lars",
@@ -128,10 +136,12 @@ __all__ = [
     "plan",
     "polar",
     "power_projector",
+    "project_onto_subspace",
     "project_radial",
     "q_galore",
     "quantized",
     "random_projector",
+    "rank_by_energy",
     "remove_radial",
     "scale_by_adagrad_norm",
     "scale_by_belief",
@@ -152,6 +162,7 @@ __all__ = [
     "sgd_sai",
     "sgdp",
     "shardings_of",
+    "shared_basis",
     "sign_residual",
     "signum",
     "state_bytes",

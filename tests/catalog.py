@@ -6,9 +6,11 @@ projection fires, LARS's coefficient so high that the steps show.
 """
 
 import functools
+import math
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import optlab
@@ -90,6 +92,38 @@ _ADAM = partial(optax.adam, 0.1)
 # rounding over the gap between their values.
 _LOW_RANK = {"state_bytes": 0.0, "amplification": 100}
 
+
+@functools.wraps(optlab.scale_by_raw_gradient)
+def _fed_raw_gradient(**arguments):
+    """Return `scale_by_raw_gradient` with twice the update as the gradient behind it."""
+    scaled = optlab.scale_by_raw_gradient(**arguments)
+
+    def update(updates, state, params=None, **extra_args):
+        twice = jax.tree.map(lambda u: 2 * u, updates)
+        return scaled.update(updates, state, params, raw_gradient=twice, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(scaled.init, update)
+
+
+def _first_inputs(path, leaf):
+    """Return the first half of the inputs of a matrix as a basis."""
+    del path
+    inputs = math.prod(leaf.shape[:-1] if leaf.ndim == 4 else leaf.shape[:1])
+    return jnp.eye(inputs)[:, : inputs // 2]
+
+
+def _first_outputs(path, leaf):
+    """Return the first half of the outputs of a matrix as a basis."""
+    del path
+    outputs = math.prod(leaf.shape[1:] if leaf.ndim == 3 else leaf.shape[-1:])
+    return jnp.eye(outputs)[:, : outputs // 2]
+
+
+def _pruned_params():
+    """Return the standard tree with zeros for what is negative."""
+    return jax.tree.map(lambda p: p * (p > 0), default_params())
+
+
 RECIPES = (
     _recipe("lion", tags={"scale_invariant", *_ELEMENTWISE}, facts={"state_bytes": 4.0}),
     _recipe(
@@ -162,6 +196,16 @@ RECIPES = (
     _recipe("frugal", _ADAM, rank=0.25, hits=MATRICES, facts={"state_bytes": 2.0}),
     _recipe("apollo", _ADAM, rank=2, hits=MATRICES, facts=_LOW_RANK),
     _recipe("conda", _ADAM, hits=MATRICES, facts=_LOW_RANK | {"state_bytes": 12.0}),
+    _recipe(
+        "grad_norm_lorp",
+        _ADAM,
+        rank=2,
+        every=10,
+        tags={"needs_params"},
+        hits=MATRICES,
+        # The first step of raw Adam is steep where a coordinate is near eps.
+        facts=_LOW_RANK | {"amplification": 1000},
+    ),
     _recipe("ldadam", _ADAM, rank=2, hits=MATRICES, facts=_LOW_RANK | {"state_bytes": 4.0}),
 )
 
@@ -365,6 +409,95 @@ LINKS = (
         rank=2,
         hits=MATRICES,
         facts=_LOW_RANK | {"state_bytes": 4.0},
+    ),
+    _link(
+        "in_weight_norm",
+        _ADAM,
+        direction=optlab.adabelief(0.1),
+        magnitude=optlab.adabelief(0.1),
+        tags={"needs_params"},
+        hits=MATRICES,
+        facts={"state_bytes": 8.0},
+    ),
+    _link(
+        "select_blocks",
+        optlab.scale_by_moments,
+        tag="gs",
+        inner=optlab.scale_by_moments(),
+        normalize=True,
+        tags={"wrapper"},
+        facts={"state_bytes": 8.0},
+    ),
+    _link(
+        "select_blocks",
+        optlab.scale_by_moments,
+        tag="top_k",
+        inner=optlab.scale_by_moments(),
+        rule="top_k",
+        k=0.5,
+        tags={"wrapper"},
+        facts={"state_bytes": 9.0},
+    ),
+    # In the first two steps the last two leaves have their turn.
+    _link(
+        "select_blocks",
+        optlab.scale_by_moments,
+        tag="turns",
+        inner=optlab.scale_by_moments(),
+        rule="descending",
+        k=2,
+        every=2,
+        inner_state="restart",
+        others=optlab.apply_kappa(),
+        tags={"wrapper", "needs_params"},
+        hits=(*MATRICES, "dense/bias"),
+        facts={"state_bytes": 8.0},
+    ),
+    Case(
+        "scale_by_raw_gradient",
+        _fed_raw_gradient,
+        frozenset({"elementwise", "layerwise"}),
+        hits=ALL,
+        facts={"state_bytes": 4.0},
+    ),
+    _link(
+        "project_onto_subspace",
+        basis=_first_inputs,
+        tags={"layerwise", "stateless", "idempotent"},
+        hits=MATRICES,
+        facts={"state_bytes": 0.0},
+    ),
+    _link(
+        "project_onto_subspace",
+        tag="away",
+        basis=_first_outputs,
+        away=True,
+        side="cols",
+        tags={"layerwise", "stateless", "idempotent"},
+        hits=MATRICES,
+        facts={"state_bytes": 0.0},
+    ),
+    _link(
+        "keep_sparsity",
+        tags={"needs_params", "idempotent", *_ELEMENTWISE},
+        params=_pruned_params,
+        hits=MATRICES,
+        facts={"state_bytes": 1.0},
+    ),
+    # It passes updates through: what it must differ from is nothing.
+    _link(
+        "accumulate_importance",
+        optax.set_to_zero,
+        tags=_ELEMENTWISE,
+        facts={"state_bytes": 4.0},
+    ),
+    _link(
+        "accumulate_importance",
+        optax.set_to_zero,
+        tag="squares",
+        p=2,
+        tags=_ELEMENTWISE,
+        facts={"state_bytes": 4.0},
     ),
     _link("norm_growth_limiter", growth=0.5, hits=TENSORS, facts={"state_bytes": 0.0}),
     _link(

@@ -4,19 +4,24 @@ import inspect
 import re
 
 import catalog
+import optax
 import pytest
 
 import optlab
 from optlab.testing import checks_for
 
 _ROOMS = ("optlab.transforms.", "optlab.recipes.", "optlab.schedules.")
-PUBLIC = {
+EVERY = {
     name: value
     for name, value in vars(optlab).items()
     if name in optlab.__all__
     and inspect.isfunction(value)
     and inspect.unwrap(value).__module__.startswith(_ROOMS)
 }
+_ROWS_FOR = (optax.GradientTransformationExtraArgs, optax.Schedule)
+PUBLIC = {n: f for n, f in EVERY.items() if inspect.signature(f).return_annotation in _ROWS_FOR}
+# Projectors, rules and handlers: what transformations are made of.
+PARTS = EVERY.keys() - PUBLIC.keys()
 RECIPES = {n for n, f in PUBLIC.items() if inspect.unwrap(f).__module__.startswith(_ROOMS[1])}
 ROWS = {case.name.split("[")[0]: case for case in catalog.CASES}
 _PRIMITIVE_SECTIONS = ("Args", "Returns", "Example")
@@ -24,18 +29,19 @@ _RECIPE_SECTIONS = ("Args", "Returns", "State", "Raises", "Example", "Deviations
 
 
 def _sections(name):
-    return re.findall(r"^([A-Z][a-z]+):$", inspect.getdoc(PUBLIC[name]), re.MULTILINE)
+    return re.findall(r"^([A-Z][a-z]+):$", inspect.getdoc(EVERY[name]), re.MULTILINE)
 
 
 def _section(name, title):
     pattern = rf"^{title}:\n((?:  .*\n|\n)+)"
-    found = re.search(pattern, inspect.getdoc(PUBLIC[name]) + "\n", re.MULTILINE)
+    found = re.search(pattern, inspect.getdoc(EVERY[name]) + "\n", re.MULTILINE)
     return found.group(1) if found else ""
 
 
 def test_something_is_public():
     assert len(RECIPES) >= 13
     assert len(PUBLIC) - len(RECIPES) >= 14
+    assert len(PARTS) >= 9
 
 
 def test_every_public_transformation_has_a_row_and_every_row_is_public():
@@ -63,17 +69,17 @@ def test_rows_of_recipes_get_the_checks_of_recipes(name):
     assert "nnx_optimizer" in checks_for(ROWS[name].selectors)
 
 
-@pytest.mark.parametrize("name", sorted(PUBLIC))
+@pytest.mark.parametrize("name", sorted(EVERY))
 def test_docstring_has_the_sections_in_order(name):
     needed = _RECIPE_SECTIONS if name in RECIPES else _PRIMITIVE_SECTIONS
     found = [section for section in _sections(name) if section in needed]
     assert found == list(needed)
 
 
-@pytest.mark.parametrize("name", sorted(PUBLIC))
+@pytest.mark.parametrize("name", sorted(EVERY))
 def test_docstring_names_every_argument(name):
     documented = re.findall(r"^  (\w+):", _section(name, "Args"), re.MULTILINE)
-    assert documented == list(inspect.signature(PUBLIC[name]).parameters)
+    assert documented == list(inspect.signature(EVERY[name]).parameters)
 
 
 @pytest.mark.parametrize("name", sorted(set(PUBLIC) - {"wsd"}))

@@ -7,10 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 
-from optlab import describe, layout
+from optlab import (
+    compressed_bytes,
+    describe,
+    layout,
+    state_bytes,
+    state_fields,
+)
 from optlab.lab import models, optimizers, shape_files
 from optlab.lab.config import BadInput
-from optlab.state.memory import StateField, compressed_bytes, state_bytes, state_fields
 
 LAYOUTS = {
     "flax": layout.flax,
@@ -122,7 +127,7 @@ def _who(routing: layout.Routing) -> Iterator[str]:
         yield f"{branch}{leaves} in {' + '.join(states) or 'no state of their own'}"
 
 
-def _what(fields: tuple[StateField, ...]) -> Iterator[str]:
+def _what(fields: tuple[Any, ...]) -> Iterator[str]:
     """Say what the bytes are, the large fields first; counters and scalars are not worth a word."""
     total = sum(part.nbytes for part in fields)
     for part in sorted(fields, key=lambda part: -part.nbytes):

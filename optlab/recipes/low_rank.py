@@ -77,7 +77,7 @@ def galore(
 
     State:
       basis: a r numbers per matrix (m, n), a = min(m, n); mu, nu: r b each, b = max(m, n), nu in
-      float32 or wider; Adam's 8 bytes per float32 parameter of the other leaves.
+      float32 or wider; Adam's two moments of the other leaves.
 
     Raises:
       ValueError: a rate or a rank outside its range; a leaf that the layout cannot read, by name.
@@ -178,7 +178,7 @@ def q_galore(
 
     State:
       basis: a r/2 bytes per matrix (m, n), a = min(m, n), and 8 per block; mu, nu: r b numbers,
-      b = max(m, n); Adam's 8 bytes per float32 parameter of the other leaves.
+      b = max(m, n); Adam's two moments of the other leaves.
 
     Raises:
       ValueError: a rate or a rank outside its range; a leaf that the layout cannot read, by name.
@@ -280,7 +280,7 @@ def fira(
 
     State:
       basis: a r numbers per matrix (m, n), a = min(m, n); mu, nu: r b each, b = max(m, n), nu in
-      float32 or wider; Adam's 8 bytes per float32 parameter of the other leaves.
+      float32 or wider; Adam's two moments of the other leaves.
       norms: one float32 per matrix leaf.
 
     Raises:
@@ -379,8 +379,7 @@ def frugal(
 
     State:
       basis: r int32 per matrix, or a r numbers; mu, nu: r numbers per slice of the other side;
-        Adam's
-      8 bytes per float32 parameter of the other leaves.
+        Adam's two moments of the other leaves.
 
     Raises:
       ValueError: a rate or a rank outside its range; a leaf that the layout cannot read, by name.

@@ -78,8 +78,7 @@ def apollo(
 
     State:
       mu, nu: r b numbers per matrix (m, n), b = max(m, n); key, found, overlap, norm: 20 bytes;
-        Adam's
-      8 bytes per float32 parameter of the other leaves.
+        Adam's two moments of the other leaves.
 
     Raises:
       ValueError: a rate or a rank outside its range; a leaf that the layout cannot read, by name.
@@ -174,9 +173,8 @@ def conda(
       An optimizer; entries of a step in the basis are about lr scale in size.
 
     State:
-      mu: the parameter's shape; nu: r b numbers; basis: a r: 8 bytes per float32 parameter and 4
-        a^2
-      per matrix if full; Adam's 8 bytes per float32 parameter of the other leaves.
+      mu: the parameter's shape; nu: r b numbers; basis: a r: if full 12 bytes per float32 parameter
+      of a square matrix, 8 + 4 a/b of another; Adam's two moments of the other leaves.
 
     Raises:
       ValueError: a rate or a rank outside its range; a leaf that the layout cannot read, by name.
@@ -265,8 +263,8 @@ def ldadam(
       An optimizer; entries of a step in the basis are about lr in size.
 
     State:
-      basis: a r numbers per matrix (m, n), a = min(m, n); mu, nu: r b, b = max(m, n); error: 4
-        bytes per float32 parameter with error_feedback; Adam's 8 of the other leaves.
+      basis: a r numbers per matrix (m, n), a = min(m, n); mu, nu: r b, b = max(m, n); with
+      error_feedback 4 bytes per float32 parameter; Adam's two moments of the other leaves.
 
     Raises:
       ValueError: a rate or a rank outside its range; a leaf that the layout cannot read, by name.
@@ -363,7 +361,7 @@ def grad_norm_lorp(
 
     State:
       basis: a r numbers per matrix (m, n), a = min(m, n); mu, nu: r b each, b = max(m, n), nu in
-      float32 or wider; Adam's 8 bytes per float32 parameter of the other leaves.
+      float32 or wider; Adam's two moments of the other leaves.
       mu, nu of one number per neuron; with `official` v, the parameter's shape.
 
     Raises:
