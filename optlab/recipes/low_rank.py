@@ -25,7 +25,7 @@ from optlab.transforms.subspace import (
 def galore(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank = 128,
+    rank: Rank = 0.25,
     every: int | Refresh = 200,
     scale: ArrayLike = 0.25,
     b1: ArrayLike = 0.9,
@@ -52,7 +52,8 @@ def galore(
     Args:
       learning_rate: step size, >= 0, or a schedule; 0.01 with scale 0.25 in the paper's
         pre-training.
-      rank: as in `optlab.in_low_rank`: a number, a fraction, a tree of ranks. (static)
+      rank: a number, a fraction of the projected side, or as in `optlab.in_low_rank`. A quarter is
+        the paper's 1024 of 4096 for 7B parameters. (static)
       every: steps between two subspaces, >= 1, or a rule. (static)
       scale: factor of the part that comes back from the subspace, >= 0; the released class has 1.
       b1: rate of the first moment, in [0, 1).
@@ -122,7 +123,7 @@ def galore(
 def q_galore(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank = 128,
+    rank: Rank = 0.25,
     every: int | Refresh = 200,
     scale: ArrayLike = 0.25,
     bits: int = 4,
@@ -151,7 +152,8 @@ def q_galore(
     Args:
       learning_rate: step size, >= 0, or a schedule; 0.015 with scale 0.25 in the paper's
         pre-training.
-      rank: as in `optlab.in_low_rank`: a number, a fraction, a tree of ranks. (static)
+      rank: a number, a fraction of the projected side, or as in `optlab.in_low_rank`. A quarter is
+        the paper's 1024 of 4096 for 7B parameters. (static)
       every: steps between two subspaces at first, >= 1, or a rule; a number is for
         `lazy_refresh(every)`. (static)
       scale: factor of the part that comes back from the subspace, >= 0.
@@ -224,7 +226,7 @@ def q_galore(
 def fira(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank = 128,
+    rank: Rank = 0.25,
     every: int | Refresh = 200,
     scale: ArrayLike = 1.0,
     growth: ArrayLike = 1.01,
@@ -253,7 +255,8 @@ def fira(
     Args:
       learning_rate: step size, >= 0, or a schedule; 0.01 with scale 0.25 in the paper's
         pre-training.
-      rank: as in `optlab.in_low_rank`: a number, a fraction, a tree of ranks. (static)
+      rank: a number, a fraction of the projected side, or as in `optlab.in_low_rank`. A quarter is
+        the paper's 1024 of 4096 for 7B parameters. (static)
       every: steps between two subspaces, >= 1, or a rule. (static)
       scale: factor of the part that comes back from the subspace, >= 0.
       growth: largest growth of |S| in a step, > 0.

@@ -24,7 +24,7 @@ from optlab.transforms.weight_norm import in_weight_norm
 def apollo(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank = 256,
+    rank: Rank = 0.25,
     every: int | Refresh = 200,
     scale: ArrayLike = 1.0,
     per: str = "column",
@@ -52,7 +52,8 @@ def apollo(
 
     Args:
       learning_rate: step size, >= 0, or a schedule; 0.01 in the paper's pre-training.
-      rank: as in `optlab.in_low_rank`: a number, a fraction, a tree of ranks. (static)
+      rank: a number, a fraction of the projected side, or as in `optlab.in_low_rank`. A quarter is
+        the paper's 1024 of 4096 for 7B parameters. (static)
       every: steps between two subspaces, >= 1, or a rule. (static)
       scale: its square root multiplies the update, >= 0.
       per: "column" for one factor per slice of the long side, "matrix" for one. (static)
@@ -219,7 +220,7 @@ def conda(
 def ldadam(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank = 128,
+    rank: Rank = 0.25,
     rho: ArrayLike = 0.908,
     error_feedback: bool = True,
     b1: ArrayLike = 0.908,
@@ -242,7 +243,8 @@ def ldadam(
 
     Args:
       learning_rate: step size, >= 0, or a schedule.
-      rank: as in `optlab.in_low_rank`: a number, a fraction, a tree of ranks. (static)
+      rank: a number, a fraction of the projected side, or as in `optlab.in_low_rank`. A quarter is
+        the paper's 1024 of 4096 for 7B parameters. (static)
       rho: weight of the momentum in what the basis follows, in [0, 1].
       error_feedback: keep what the subspace leaves out and add it to the next gradient. (static)
       b1: rate of the first moment, in [0, 1).
@@ -309,7 +311,7 @@ def ldadam(
 def grad_norm_lorp(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Rank = 128,
+    rank: Rank = 0.25,
     every: int | Refresh = 200,
     scale: ArrayLike = 0.25,
     b1: ArrayLike = 0.9,
@@ -335,7 +337,8 @@ def grad_norm_lorp(
 
     Args:
       learning_rate: step size, >= 0, or a schedule.
-      rank: as in `optlab.in_low_rank`: a number, a fraction, a tree of ranks. (static)
+      rank: a number, a fraction of the projected side, or as in `optlab.in_low_rank`. A quarter is
+        the paper's 1024 of 4096 for 7B parameters. (static)
       every: steps between two subspaces, >= 1, or a rule. (static)
       scale: factor of the part that comes back from the subspace, >= 0; the released class has 1.
       b1: rate of the first moment, in [0, 1).

@@ -35,7 +35,7 @@ def scale_by_ldadam(
     b2: ArrayLike = 0.99,
     eps: ArrayLike = 1e-8,
     *,
-    rank: Rank = 128,
+    rank: Rank = 0.25,
     rho: ArrayLike = 0.908,
     error_feedback: bool = True,
     projector: Projector | None = None,

@@ -35,7 +35,7 @@ def in_low_rank(
     inner: optax.GradientTransformation,
     projector: Projector | None = None,
     *,
-    rank: projection.Rank = 128,
+    rank: projection.Rank = 0.25,
     side: Any = "short",
     every: int | Refresh = 200,
     stagger: bool = False,
