@@ -42,7 +42,7 @@ def _row(name: str) -> Row:
     text = make.__doc__ or ""
     found = _ARXIV.search(text.partition("References:")[2])
     return Row(
-        family=make.__module__.rpartition(".")[2].replace("_", " "),
+        family=make.__module__.split(".")[2].replace("_", " "),
         name=name,
         summary=text.strip().partition("\n")[0],
         state_bytes=_state_bytes(make),

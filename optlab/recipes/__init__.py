@@ -3,8 +3,9 @@
 from optlab.recipes.elementwise import adabelief, adagrad_norm, diffgrad
 from optlab.recipes.layerwise import allora, lamb, lars, sgd_sai
 from optlab.recipes.lmo import lanton, scion
-from optlab.recipes.low_rank import fira, frugal, galore, q_galore
-from optlab.recipes.low_rank_scaling import apollo, conda, grad_norm_lorp, ldadam
+from optlab.recipes.low_rank.projected import galore, ldadam, q_galore
+from optlab.recipes.low_rank.rescaled import apollo, conda, grad_norm_lorp
+from optlab.recipes.low_rank.with_residual import fira, frugal
 from optlab.recipes.orthogonal import muon, normuon
 from optlab.recipes.radial import adamp, nap, sgdp
 from optlab.recipes.sign import lion, lion_k, signum

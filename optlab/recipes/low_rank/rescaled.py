@@ -1,4 +1,4 @@
-"""Adam by a sketch, in a rotation, in other subspaces: APOLLO, Conda, LDAdam, GradNormLoRP."""
+"""Adam by a sketch, in a rotation, neuron by neuron: APOLLO, Conda, GradNormLoRP."""
 
 from typing import Any
 
@@ -7,9 +7,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
-from optlab.recipes.assembly import LateAdam, PlainAdam
+from optlab.recipes.low_rank.assembly import LateAdam
 from optlab.transforms.clip import norm_growth_limiter
-from optlab.transforms.ldadam import scale_by_ldadam
 from optlab.transforms.low_rank import in_low_rank
 from optlab.transforms.momentum import interpolate_momentum
 from optlab.transforms.projection import Rank
@@ -214,97 +213,6 @@ def conda(
     )
     momentum = interpolate_momentum(b1, b1, mu_dtype=mu_dtype)
     return adam.route(with_raw_gradient(momentum, low))
-
-
-@_checks.explain_calls
-def ldadam(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    rank: Rank = 0.25,
-    rho: ArrayLike = 0.908,
-    error_feedback: bool = True,
-    b1: ArrayLike = 0.908,
-    b2: ArrayLike = 0.99,
-    eps: ArrayLike = 1e-8,
-    projector: Projector | None = None,
-    side: Any = "short",
-    weight_decay: ArrayLike = 0.0,
-    weight_decay_mask: _leafwise.Mask = None,
-    layout: _layout.Policy = _layout.flax,
-    fallback: optax.GradientTransformation | None = None,
-    fallback_learning_rate: optax.ScalarOrSchedule | None = None,
-    shardings: Any = None,
-    seed: int = 0,
-) -> optax.GradientTransformationExtraArgs:
-    """Adam in a subspace that turns at every step, with what is left out fed back (LDAdam).
-
-    The step of `optlab.scale_by_ldadam`, whose docstring has the rule, and
-    p <- p - lr (u + weight_decay p).
-
-    Args:
-      learning_rate: step size, >= 0, or a schedule.
-      rank: a number, a fraction of the projected side, or as in `optlab.in_low_rank`. A quarter is
-        the paper's 1024 of 4096 for 7B parameters. (static)
-      rho: weight of the momentum in what the basis follows, in [0, 1].
-      error_feedback: keep what the subspace leaves out and add it to the next gradient. (static)
-      b1: rate of the first moment, in [0, 1).
-      b2: rate of the second moment, in [0, 1).
-      eps: added to the root of the corrected second moment, >= 0.
-      projector: None for `power_projector(1, oversample=0)`, one iteration from the last basis; the
-        released code begins with start="svd". (static)
-      side: as in `optlab.in_low_rank`. (static)
-      weight_decay: decoupled decay, >= 0, of all leaves.
-      weight_decay_mask: leaves that decay. (static)
-      layout: which axes are inputs and outputs, and which leaves are no matrices. (static)
-      fallback: optimizer of the other leaves; None for the same Adam without a subspace.
-      fallback_learning_rate: rate of that Adam, or a schedule; None for `learning_rate`.
-      shardings: `optlab.shardings_of(params)`, needed on Auto meshes only. (static)
-      seed: of what is random in the projector. (static)
-
-    Returns:
-      An optimizer; entries of a step in the basis are about lr in size.
-
-    State:
-      basis: a r numbers per matrix (m, n), a = min(m, n); mu, nu: r b, b = max(m, n); with
-      error_feedback 4 bytes per float32 parameter; Adam's two moments of the other leaves.
-
-    Raises:
-      ValueError: a rate or a rank outside its range; a leaf that the layout cannot read, by name.
-
-    Example:
-      >>> import jax.numpy as jnp, optlab
-      >>> tx = optlab.ldadam(0.1, rank=1)
-      >>> p = {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}
-      >>> u, state = tx.update(p, tx.init(p), p)
-      >>> print(state.inner_states["matrix"].inner_state[0].mu["kernel"].shape)
-      (1, 8)
-
-    Deviations:
-      A square is projected on its inputs, in the released code on its outputs. The first basis is
-      power iteration's, not SVD's: see `projector`.
-
-    References:
-      Robert et al., LDAdam: adaptive optimization from low-dimensional gradient statistics,
-      arXiv:2410.16103, 2024, Alg. 1; code: IST-DASLab/LDAdam at f3c5daf.
-    """
-    adam = PlainAdam(
-        "ldadam", learning_rate, b1, b2, eps, weight_decay, weight_decay_mask, None, layout,
-        fallback, fallback_learning_rate,
-    )  # fmt: skip
-    low = scale_by_ldadam(
-        b1,
-        b2,
-        eps,
-        rank=rank,
-        rho=rho,
-        error_feedback=error_feedback,
-        projector=projector,
-        side=side,
-        seed=seed,
-        layout=layout,
-        shardings=shardings,
-    )
-    return adam.route(low)
 
 
 @_checks.explain_calls

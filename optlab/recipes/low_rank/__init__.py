@@ -1,0 +1,1 @@
+"""Adam in, or by way of, a subspace of the gradient."""
