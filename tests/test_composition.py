@@ -57,6 +57,8 @@ CLOSINGS = {
     "project_radial": lambda d: _whole(optlab.project_radial(d, weight_decay=0.01)),
     "nap": lambda d: optlab.normalize_and_project(_whole(d)),
     "previous": lambda d: optlab.with_previous_updates(_whole(d), last=True),
+    "blocks": lambda d: _whole(optlab.select_blocks(d, "gs", normalize=True)),
+    "low_rank": lambda d: _whole(optlab.in_low_rank(d, rank=2, every=2)),
 }
 PARAMS = random_like({"dense": {"bias": (4,), "kernel": (6, 4)}}, seed=0)
 TARGET = random_like({"dense": {"bias": (4,), "kernel": (6, 4)}}, seed=1)
@@ -126,7 +128,7 @@ def test_every_combination_trains(momentum, closing):
 def _diagonal():
     """Few combinations in which every primitive occurs."""
     kinds = (MOMENTA, GEOMETRIES, SCALES, CLOSINGS)
-    return list(zip(*(itertools.islice(itertools.cycle(kind), 7) for kind in kinds), strict=True))
+    return list(zip(*(itertools.islice(itertools.cycle(kind), 8) for kind in kinds), strict=True))
 
 
 @pytest.mark.parametrize("combination", _diagonal(), ids="-".join)
