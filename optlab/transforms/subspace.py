@@ -114,7 +114,15 @@ class _Random(Projector):
             key = jax.random.wrap_key_data(bits, impl="threefry2x32")
             return jax.random.normal(key, (a, rank), jnp.float32) / math.sqrt(rank)
 
-        return _over_batch(one, stored, 1)
+        return _over_batch(one, stored.ndim - 1)(stored)
+
+
+_IN_ORDER = {
+    "mode": "promise_in_bounds",
+    "unique_indices": True,
+    "indices_are_sorted": True,
+    "wrap_negative_indices": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,15 +146,16 @@ class _Coordinates(Projector):
         return jax.nn.one_hot(stored, a, dtype=jnp.float32, axis=-2)
 
     def down(self, stored, x, rank):
-        return jnp.take_along_axis(x, stored[..., None], axis=-2)
+        def take(chosen, x):
+            return x.at[chosen].get(**_IN_ORDER)
+
+        return _over_batch(take, stored.ndim - 1)(stored, x)
 
     def up(self, stored, y, a):
         def put(chosen, y):
-            return jnp.zeros((a, y.shape[-1]), y.dtype).at[chosen].set(y, unique_indices=True)
+            return jnp.zeros((a, y.shape[-1]), y.dtype).at[chosen].set(y, **_IN_ORDER)
 
-        for _ in range(stored.ndim - 1):
-            put = jax.vmap(put)
-        return put(stored, y)
+        return _over_batch(put, stored.ndim - 1)(stored, y)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,11 +184,11 @@ class _Quantized(Projector):
         return blocks.encode(blocks.in_blocks(rows, self.block, 2), self.bits)
 
 
-def _over_batch(fn: Any, x: jax.Array, axes: int) -> jax.Array:
-    """Apply `fn` of the last axes of x to every index of the others."""
-    for _ in range(x.ndim - axes):
+def _over_batch(fn: Any, axes: int) -> Any:
+    """Return `fn` mapped over as many leading axes of all its arguments."""
+    for _ in range(axes):
         fn = jax.vmap(fn)
-    return fn(x)
+    return fn
 
 
 @_checks.explain_calls
