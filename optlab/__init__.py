@@ -61,6 +61,7 @@ from optlab.transforms.neurons import normalize_neurons
 from optlab.transforms.noise import noise_adaptive
 from optlab.transforms.orthogonalize import orthogonalize
 from optlab.transforms.radial import normalize_and_project, project_radial, remove_radial
+from optlab.transforms.random_subspace import random_subspace
 from optlab.transforms.raw_gradient import scale_by_raw_gradient, with_raw_gradient
 from optlab.transforms.refresh import lazy_refresh
 from optlab.transforms.residual import column_scaled_residual, plain_residual, sign_residual
@@ -141,6 +142,7 @@ __all__ = [
     "q_galore",
     "quantized",
     "random_projector",
+    "random_subspace",
     "rank_by_energy",
     "remove_radial",
     "scale_by_adagrad_norm",

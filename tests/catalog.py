@@ -499,6 +499,12 @@ LINKS = (
         tags=_ELEMENTWISE,
         facts={"state_bytes": 4.0},
     ),
+    _link(
+        "random_subspace",
+        inner=optax.scale(1.0),
+        dim=7,
+        facts={"state_bytes": 0.0},
+    ),
     _link("norm_growth_limiter", growth=0.5, hits=TENSORS, facts={"state_bytes": 0.0}),
     _link(
         "with_raw_gradient",

@@ -11,6 +11,7 @@ import golden_cases
 import golden_constrained
 import golden_low_rank
 import golden_orthogonal
+import golden_random_subspace
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,7 @@ BFLOAT16_ERROR, BFLOAT16_COSINE = 2e-2, 0.9995
 # Relative to the peak, float32.
 SCHEDULE_TOLERANCE = 1e-5
 # Methods whose cases record more than a trajectory.
-CHECKED = golden_blocks.CASES | golden_constrained.CASES
+CHECKED = golden_blocks.CASES | golden_constrained.CASES | golden_random_subspace.CASES
 # Absolute, on polar factors.
 POLAR_TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
