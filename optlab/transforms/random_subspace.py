@@ -215,10 +215,10 @@ def in_coordinates(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_size(params: Any, state: RandomSubspaceState) -> None:
+def _check_size(params: Any, coordinates: Any) -> None:
     """Refuse more orthonormal columns than there are rows; no tree has no parameters."""
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    z = state.coordinates["z"] if isinstance(state.coordinates, dict) else state.coordinates
+    z = coordinates["z"] if isinstance(coordinates, dict) else coordinates
     if size and z.size > size:
         raise ValueError(
             f"{NAME}: orthonormal=True needs dim <= the number of parameters, {size}, got "
@@ -261,9 +261,10 @@ def random_subspace(
         parameter, {"scale": lam, "z": z} with layerwise_scale, and every extra argument as it is.
       dim: coordinates in all; with layerwise_scale one is spent on each leaf, and z has the rest. A
         leaf, or the whole tree, may have fewer entries. (static)
-      kind: "fastfood", O(L log L) time a leaf, O(L) memory beside the gradient; or "dense", D d
-        time, of which 4 MB are in memory at once. A Fastfood column has norm 1 in every leaf, a
-        dense one in all leaves together. (static)
+      kind: "fastfood", O(L log L) time a leaf; or "dense", D d time, at which 4 MB of P are in
+        memory at once. Beside the gradients a step holds two copies of the leaves and some six
+        vectors of length L. A Fastfood column has norm 1 in every leaf, a dense one in all leaves
+        together. (static)
       layerwise_scale: train one more number for every leaf. (static)
       orthonormal: make the columns of a dense P orthonormal, which holds all of it in memory and
         takes 2 D d^2 more operations a step: for small cases. Needs dim <= D. (static)
@@ -318,9 +319,9 @@ def random_subspace(
     tx = in_coordinates(inner, dim, maps, layerwise_scale)
 
     def init(params):
-        state = tx.init(params)
+        state: Any = tx.init(params)
         if orthonormal:
-            _check_size(params, state)
+            _check_size(params, state.coordinates)
         return state
 
     return optax.GradientTransformationExtraArgs(init, tx.update)
