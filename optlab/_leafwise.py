@@ -254,7 +254,7 @@ def stateless(
     return optax.GradientTransformationExtraArgs(init_checked(name), update)
 
 
-def _read(name: str, extra_args: dict[str, Any], key: str) -> Any:
+def read(name: str, extra_args: dict[str, Any], key: str) -> Any:
     if key not in extra_args:
         raise ValueError(
             f"{name}: update needs the extra argument {key!r}, got {sorted(extra_args)}. "
@@ -295,7 +295,7 @@ def stateful(
             updates,
             tuple(state[len(head) :]),
             params if needs_params else None,
-            others=tuple(_read(name, extra_args, key) for key in reads),
+            others=tuple(read(name, extra_args, key) for key in reads),
         )
         return updates, state_type(*head, *slots)
 

@@ -212,7 +212,7 @@ def test_recipe_follows_its_reference_in_float32(name):
     compare(ours(tx, "float32"), expected, "float32", TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if "ldadam" not in name])
+@pytest.mark.parametrize("name", ROWS)
 def test_recipe_follows_its_reference_in_float64_under_a_schedule_and_a_decay_mask(name):
     row, decay = ROWS[name], {key: 0.3 * (key != "wide/kernel") for key in PARAMS}
     mask = {key: rate > 0 for key, rate in decay.items()}

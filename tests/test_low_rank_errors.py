@@ -63,6 +63,20 @@ CONSTRUCTION = [
         'on_refresh="rotate" turns the fields mu, nu and trace, and inner keeps coordinates in '
         ".previous['a']['kernel']. Give a function (state, into).",
     ),
+    (lambda: low(on_refresh="rotat"), "on_refresh must be one of 'keep', 'reset', 'rotate', got"),
+    (lambda: low(project=3), "project must be a tuple of names, got 3"),
+    (lambda: low(layout=None), "layout must be a function, got None. Write optlab.layout.flax."),
+    (lambda: low(rank=lambda *leaf: 0).init(PARAMS), "rank of leaf 'a/kernel' must be a number"),
+    (lambda: low(rank={"a": 2, "b": 2.5}).init(PARAMS), "rank of leaf 'b/kernel' must be a number"),
+    (
+        lambda: low(rank=2, side=lambda m, n: "top").init(PARAMS),
+        "side of leaf 'a/kernel' must be one of 'rows', 'cols', got 'top'",
+    ),
+    (lambda: updated(PARAMS, project=("x",)), "update needs the extra argument 'x', got []"),
+    (
+        lambda: updated({"a": PARAMS["b"], "b": PARAMS["a"]}, PARAMS),
+        "leaf 'a/kernel' has shape (6, 4) in the updates and (4, 6) in the parameters",
+    ),
 ]  # fmt: skip
 
 OTHERS = [
@@ -101,6 +115,9 @@ OTHERS = [
     (lambda: optlab.apollo(0.1, per="x"), "apollo: per must be one of 'column', 'matrix'"),
     (lambda: optlab.conda(0.1, projector=3), "conda: projector must be a projector, got 3"),
     (lambda: optlab.ldadam(0.1, rho=3), "ldadam: rho must be a number in [0, 1], got 3"),
+    (lambda: optlab.column_scaled_residual(then=3), "then must be an optax.GradientTransformation"),
+    (lambda: optlab.frugal(0.1, every=optlab.lazy_refresh(3)), "frugal: every must be a number of"),
+    (lambda: optlab.galore(0.1, layout=None), "galore: layout must be a function, got None"),
 ]
 
 

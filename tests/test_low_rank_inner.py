@@ -9,6 +9,7 @@ import optax
 import pytest
 from catalog import LINKS
 from sharded import QUICK
+from test_low_rank import FirstColumns
 
 import optlab
 from optlab import layout
@@ -81,6 +82,10 @@ RECIPES = {
         optlab.frugal, 0.1, every=2, projector=optlab.coordinate_projector(largest=True)
     ),
     "q_galore": functools.partial(optlab.q_galore, 0.1, block=8, **SVD),
+    "fira": functools.partial(optlab.fira, 0.1, eps=1e-3, **SVD),
+    "apollo": functools.partial(
+        optlab.apollo, 0.1, rank=2, every=2, per="matrix", projector=FirstColumns()
+    ),
     "ldadam": functools.partial(
         optlab.ldadam,
         0.1,

@@ -139,8 +139,9 @@ def _no_errors(reading: Reading, params: Any) -> Any:
 def _with_errors(reading: Reading, updates: Any, error: Any) -> Any:
     """Return the gradients with what was left out before added to them."""
     if error is None:
+        projection.checked(reading, updates)
         return updates
-    gs, errors = projection.projected(reading, updates), projection.projected(reading, error)
+    gs, errors = projection.checked(reading, updates), projection.projected(reading, error)
     sums = [g if g is None else (g + e).astype(g.dtype) for g, e in zip(gs, errors, strict=True)]
     return projection.with_projected(reading, updates, sums, updates)
 

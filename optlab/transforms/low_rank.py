@@ -17,7 +17,7 @@ from optlab.transforms.projection import Kept, Lens, Reading
 from optlab.transforms.refresh import Refresh, refreshed
 from optlab.transforms.residual import Residual
 from optlab.transforms.subspace import Projector, power_projector
-from optlab.transforms.turn import TURNS, Turn, check_turn, turner
+from optlab.transforms.turn import TURNS, Turn, check_choice, check_turn, turner
 
 
 class InLowRankState(NamedTuple):
@@ -107,6 +107,7 @@ def in_low_rank(
     _checks.check_transform(name, "inner", inner)
     projection.check(name, projector, rank, side, seed, layout)
     _check(name, residual, scale, project)
+    check_choice(name, on_refresh)
     rule = _as_rule(name, every, stagger, on_refresh)
     inner = optax.with_extra_args_support(inner)
     reader = partial(projection.read, name, rank=rank, side=side, layout=layout)
@@ -130,14 +131,14 @@ def in_low_rank(
         projection.check_kept(name, reading, state.kept)
         due = rule.due(state.refresh, state.count, _offsets(rule, reading, stagger))
         key = jax.random.fold_in(jax.random.key(seed), state.count)
-        g = projection.projected(reading, updates)
+        g = projection.checked(reading, updates)
         before = Lens(reading, projector, state.kept)
         lens = refreshed(before, g, due, key, rule.measure)
         low = lens.lower(updates)
         coordinates = None if params is None else lens.lower(params)
         turned = _turned(on_refresh, inner, lens, state, low, jnp.any(due))
         for argument in project:
-            extra_args[argument] = lens.lower(extra_args[argument])
+            extra_args[argument] = lens.lower(_leafwise.read(name, extra_args, argument))
         new, inner_state = inner.update(low, turned, coordinates, **extra_args)
         out, then = _joined(lens, updates, low, new, scale, residual, state.residual, params)
         learned = _learned(rule, state, lens, due)
@@ -152,7 +153,7 @@ def _check(name, residual, scale, project) -> None:
         must, fix = "a residual handler or None", " Write optlab.sign_residual()."
         raise _checks.refusal(TypeError, name, "residual", must, residual, fix)
     _checks.check_nonnegative(name, scale=scale)
-    if isinstance(project, str) or not all(isinstance(word, str) for word in project):
+    if not (isinstance(project, tuple) and all(isinstance(word, str) for word in project)):
         raise _checks.refusal(TypeError, name, "project", "a tuple of names", project)
 
 
@@ -162,10 +163,12 @@ def _as_rule(name: str, every: Any, stagger: bool, on_refresh: Any) -> Refresh:
         _checks.check_steps(name, 1, every=every)
         every = Refresh(every)
     if on_refresh == "reset" and (stagger or type(every) is not Refresh):
-        raise ValueError(
-            f'{name}: on_refresh="reset" restarts the step count, which all leaves share, so they '
-            "have to be refreshed together. Give a number of steps, and stagger=False."
+        must = 'a number of steps, without stagger, for on_refresh="reset"'
+        fix = (
+            " It restarts the step count, which all leaves share, so they have to be refreshed "
+            "together."
         )
+        raise _checks.refusal(ValueError, name, "every", must, every, fix)
     return every
 
 

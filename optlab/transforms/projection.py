@@ -105,15 +105,15 @@ def _as_tree(rank: Rank, tree: Any, name: str) -> list[Any]:
     return jax.tree.leaves(spread, is_leaf=_leafwise.is_hole)
 
 
-def check_rank(name: str, rank: Any) -> None:
+def check_rank(name: str, rank: Any, argument: str = "rank") -> None:
     """Refuse a rank that is no positive number, fraction or "full"."""
     if isinstance(rank, bool) or not (isinstance(rank, int | float) or rank == "full"):
         must = 'a number >= 1, a fraction in (0, 1), "full", a function (path, leaf) or a tree'
-        raise _checks.refusal(TypeError, name, "rank", must, rank)
+        raise _checks.refusal(TypeError, name, argument, must, rank)
     whole = isinstance(rank, int) and rank >= 1
     if not (rank == "full" or whole or (isinstance(rank, float) and 0 < rank < 1)):
         must = 'a number >= 1, a fraction in (0, 1) or "full"'
-        raise _checks.refusal(ValueError, name, "rank", must, rank)
+        raise _checks.refusal(ValueError, name, argument, must, rank)
 
 
 def check(name: str, projector: Any, rank: Any, side: Any, seed: Any, layout: Any) -> None:
@@ -126,7 +126,9 @@ def check(name: str, projector: Any, rank: Any, side: Any, seed: Any, layout: An
     if not callable(side):
         _checks.check_choice(name, "side", side, SIDES)
     _checks.check_steps(name, seed=seed)
-    _checks.check_callable(name, layout=layout)
+    if not callable(layout):
+        fix = " Write optlab.layout.flax."
+        raise _checks.refusal(TypeError, name, "layout", "a function", layout, fix)
 
 
 def _rank(name: str, path: str, leaf: Any, rank: Any, size: int, short: int) -> int | None:
@@ -134,17 +136,18 @@ def _rank(name: str, path: str, leaf: Any, rank: Any, size: int, short: int) -> 
     rank = rank(path, leaf) if callable(rank) else rank
     if rank is None:
         return None
-    check_rank(name, rank)
+    check_rank(name, rank, f"rank of leaf '{path}'")
     if rank == "full":
         return short
     found = rank if isinstance(rank, int) else max(1, round(rank * size))
     return found if found < short else None
 
 
-def _sides(side: Any, path: str, view: _layout.MatrixView, shape: tuple[int, ...]) -> Sequence[str]:
-    m, n = view.dims(shape)
+def _sides(name: str, path: str, side: Any, m: int, n: int) -> Sequence[str]:
     if callable(side):
-        return (side(m, n),)
+        found = side(m, n)
+        _checks.check_choice(name, f"side of leaf '{path}'", found, ("rows", "cols"))
+        return (found,)
     if side == "both":
         return ("rows", "cols")
     if side in ("rows", "cols"):
@@ -175,7 +178,7 @@ def read(
         dims = view.dims(leaf.shape)
         wanted = {
             s: _rank(name, path, leaf, r, dims[s == "cols"], min(dims))
-            for s in _sides(side, path, view, leaf.shape)
+            for s in _sides(name, path, side, *dims)
         }
         placement = placement_of(name, path, leaf, known)
         batch = tuple(leaf.shape[a] for a in view.batch(leaf.ndim))
@@ -361,7 +364,7 @@ class Lens:
 
     reading: Reading
     projector: Projector
-    kept: Sequence[Kept]
+    kept: tuple[Kept, ...]
 
     def down(self, low: Low, leaf: jax.Array) -> jax.Array:
         """Return the coordinates of a leaf, in its dtype, in the shape `low.low_shape`."""
@@ -392,9 +395,7 @@ class Lens:
 
     def lower(self, tree: Any) -> Any:
         """Return the tree with coordinates in place of its projected leaves."""
-        leaves = projected(self.reading, tree)
-        for low, leaf in zip(self.reading.lows, leaves, strict=True):
-            check_shape(self.reading.name, low, leaf)
+        leaves = checked(self.reading, tree)
         values = [
             leaf if leaf is None else self.down(low, leaf)
             for low, leaf in zip(self.reading.lows, leaves, strict=True)
@@ -417,6 +418,14 @@ class Lens:
             jax.tree.map(lambda x, at=side: x[at.place], self.kept[side.bucket].basis)
             for side in low.sides
         ]
+
+
+def checked(reading: Reading, tree: Any) -> list[Any]:
+    """Return the projected leaves of a tree, of the shapes that were read."""
+    leaves = projected(reading, tree)
+    for low, leaf in zip(reading.lows, leaves, strict=True):
+        check_shape(reading.name, low, leaf)
+    return leaves
 
 
 def check_shape(name: str, low: Low, leaf: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optlab import _checks, _leafwise
 from optlab.layout.apply import open_leaf
@@ -194,13 +194,13 @@ def refreshed(
     if not lens.reading.buckets:
         return lens
     out, start = [], 0
-    for index, (bucket, mine) in enumerate(zip(lens.reading.buckets, lens.kept, strict=True)):
+    for bucket, mine in zip(lens.reading.buckets, lens.kept, strict=True):
         stop = start + len(bucket.members)
         visit = _Loop(lens.reading, bucket, lens.projector, measure)
         here = [leaves[low] for low, _ in bucket.members]
         spec = jax.tree.map(lambda _: PartitionSpec(), mine)
         out.append(
-            partitioned(visit, spec, mine, due[start:stop], jax.random.fold_in(key, index), *here)
+            visit.placed(partitioned(visit, spec, mine, due[start:stop], key, *here))
             if any(x is not None for x in here)
             else mine
         )
@@ -224,16 +224,25 @@ class _Loop:
         order = jnp.argsort(~wanted)
         pairs = zip(self.bucket.members, leaves, strict=True)
         branches = [self._branch(*pair) for pair in pairs]
+        # Of the leaf, not of the bucket: leaves that lie otherwise are in other buckets.
+        names = np.array([2 * self.reading.lows[low].index + s for low, s in self.bucket.members])
 
         def body(i, kept):
             place = order[i]
             x = jax.lax.switch(place, branches)
-            mine = jax.random.fold_in(key, place)
+            mine = jax.random.fold_in(key, jnp.asarray(names)[place])
             return _visit(
                 self.bucket, self.projector, self.measure, mine, place, x, due[place], kept
             )
 
         return jax.lax.fori_loop(0, jnp.sum(wanted), body, _varying_as(kept, leaves))
+
+    def placed(self, kept: Kept) -> Kept:
+        """Say that what is kept lies everywhere, which no type does on an Auto mesh."""
+        where = self.reading.lows[self.bucket.members[0][0]].placement
+        if where is None or AxisType.Explicit in where.mesh.axis_types:
+            return kept
+        return jax.lax.with_sharding_constraint(kept, NamedSharding(where.mesh, PartitionSpec()))
 
     def _branch(self, member: tuple[int, int], leaf: jax.Array | None) -> Callable[[], jax.Array]:
         low = self.reading.lows[member[0]]

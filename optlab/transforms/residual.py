@@ -62,6 +62,8 @@ def column_scaled_residual(
     _checks.check_nonnegative(name, inside=inside)
     _checks.check_positive(name, eps=eps)
     _checks.check_choice(name, "per", per, ("column", "matrix"))
+    if then is not None:
+        _checks.check_transform(name, "then", then)
 
     def rule(g, part, low, new, axes, matrix):
         along = axes if per == "column" else matrix
@@ -100,7 +102,7 @@ def sign_residual(factor: ArrayLike = 1.0) -> Residual:
         del low, new, axes, matrix
         left = g - part
         noise = 4 * jnp.finfo(left.dtype).eps * jnp.abs(g)
-        return factor * jnp.where(jnp.abs(left) > noise, jnp.sign(left), 0)
+        return jnp.multiply(factor, jnp.where(jnp.abs(left) > noise, jnp.sign(left), 0))
 
     return Residual(rule)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optlab import _checks
+from optlab import _checks, _leafwise
 from optlab.transforms import projection
 from optlab.transforms.projection import Kept, Lens, Low, Reading
 
@@ -39,9 +39,9 @@ def _is_array(y: Any) -> bool:
 def _change(lens: Lens, index: int, before: Kept) -> jax.Array:
     """Return C for all sides of a bucket: exactly I where the basis is the old one."""
     bucket, now = lens.reading.buckets[index], lens.kept[index]
+    wide = _leafwise.widen(bucket.dtype)
     new, old = (
-        lens.projector.basis(k.basis, bucket.size, bucket.rank).astype(jnp.float32)
-        for k in (now, before)
+        lens.projector.basis(k.basis, bucket.size, bucket.rank).astype(wide) for k in (now, before)
     )
     same = (now.found == before.found)[..., None, None]
     return jnp.where(same, jnp.eye(bucket.rank), jnp.matmul(new.mT, old, precision="highest"))
@@ -91,11 +91,14 @@ def _has_moments(node: Any) -> bool:
 TURNS: Mapping[str, Turn] = MappingProxyType({"rotate": rotate})
 
 
+def check_choice(name: str, on_refresh: Any) -> None:
+    """Refuse what is no way to turn a state."""
+    if not callable(on_refresh):
+        _checks.check_choice(name, "on_refresh", on_refresh, ("keep", "reset", *TURNS))
+
+
 def check_turn(name: str, on_refresh: Any, state: Any, reading: Reading) -> None:
-    """Refuse what is no way to turn a state, and a state that "rotate" does not know."""
-    if callable(on_refresh):
-        return
-    _checks.check_choice(name, "on_refresh", on_refresh, ("keep", "reset", *TURNS))
+    """Refuse a state that "rotate" does not know."""
     if on_refresh != "rotate":
         return
     shapes = {low.low_shape for low in reading.lows}

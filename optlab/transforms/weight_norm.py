@@ -150,9 +150,10 @@ def _split(g: Any, w: Any, length: Any, official: bool) -> tuple[Any, Any]:
 
 def _moved(path, w, turn, length, grow, p, layout, official) -> tuple[Any, Any]:
     """Return the update of a leaf, and its v."""
-    if _leafwise.is_hole(turn) or _leafwise.is_hole(length):
+    view = _view(path, w, layout)
+    if _leafwise.is_hole(turn) or view is None:
         return turn, w if _leafwise.is_hole(turn) else w + turn
-    rows = _view(path, w, layout).rows
+    rows = view.rows
     wide, t, n, d = (_wide(x) for x in (w, turn, length, grow))
     v = wide + t
     size = frobenius(v, rows, keepdims=True)

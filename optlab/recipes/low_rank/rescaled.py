@@ -116,7 +116,7 @@ def apollo(
         layout=layout,
         shardings=shardings,
     )
-    limiter = norm_growth_limiter(growth, shardings=shardings)
+    limiter = norm_growth_limiter(growth, layout=layout, shardings=shardings)
     return adam.route(low, limiter, optax.scale(scale**0.5))
 
 

@@ -107,7 +107,7 @@ def fira(
         "fira", learning_rate, b1, b2, eps, weight_decay, weight_decay_mask, mu_dtype, layout,
         fallback, fallback_learning_rate,
     )  # fmt: skip
-    limiter = norm_growth_limiter(growth, shardings=shardings)
+    limiter = norm_growth_limiter(growth, layout=layout, shardings=shardings)
     rest = column_scaled_residual(inside=scale if official else 1.0, then=limiter)
     low = in_low_rank(
         inner or adam.moments(),
