@@ -98,7 +98,7 @@ def lazy_refresh(
 
     Args:
       every: steps between refreshes at first, >= 1.
-      threshold: of the mean overlap, a number in [0, 1].
+      threshold: of the mean overlap, in [0, 1], or of the cosine, in [-1, 1]; above 1 never.
       queue: overlaps remembered, >= 1.
       growth: factor of the interval, >= 1.
       official: compare the first basis vectors only, by their cosine, as the released code does.
@@ -225,7 +225,7 @@ class _Loop:
         pairs = zip(self.bucket.members, leaves, strict=True)
         branches = [self._branch(*pair) for pair in pairs]
         # Of the leaf, not of the bucket: leaves that lie otherwise are in other buckets.
-        names = np.array([2 * self.reading.lows[low].index + s for low, s in self.bucket.members])
+        names = np.array([2 * low + s for low, s in self.bucket.members])
 
         def body(i, kept):
             place = order[i]
