@@ -2,9 +2,11 @@
 
 Part `device`: beside optax's methods of the same names, bytes accessed per parameter (TPU) or
 kernels launched per step (GPU), temporary memory, program size, compile time. Part `mesh`: Muon on
-8 chips and on 256, collectives and their bytes beside what `optlab.plan` says. Prints them and
-writes benchmarks/results/aot_TARGET.{json,md} and aot_mesh_TARGET.{json,md}. Counts are exact and
-repeat; compile times do not. Needs the packages of the extra `tpu-aot` or `gpu-aot`.
+8 chips and on 256, collectives and their bytes beside what `optlab.plan` says. Part `low_rank`: the
+low-rank family on one device and on 8, what its collectives gather. Prints them and writes
+benchmarks/results/aot_TARGET.{json,md}, and aot_mesh_TARGET and aot_low_rank_TARGET likewise.
+Counts are exact and repeat; compile times do not. Needs the packages of the extra `tpu-aot` or
+`gpu-aot`.
 """
 
 import argparse
@@ -26,15 +28,19 @@ ENVIRONMENT = {
     },
     "gpu": {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_gpu_autotune_level=0"},
 }
-PARTS = {"device": ("benchmarks.aot_device", "aot"), "mesh": ("benchmarks.aot_mesh", "aot_mesh")}
+PARTS = {
+    "device": ("benchmarks.aot_device", "aot"),
+    "mesh": ("benchmarks.aot_mesh", "aot_mesh"),
+    "low_rank": ("benchmarks.aot_low_rank", "aot_low_rank"),
+}
 
 
-def run(part: str, target: str, folder: Path, *, peers: bool) -> None:
+def run(part: str, target: str, folder: Path, **choices: bool) -> None:
     """Measure, print as it goes, and write the table."""
     module, file = PARTS[part]
     rows_of = importlib.import_module(module)
     rows = []
-    for row in rows_of.rows(target, peers=peers):
+    for row in rows_of.rows(target, **choices):
         print(", ".join(f"{head} {value}" for head, value in row.items()), flush=True)
         rows.append(row)
     facts = table.about(rows_of.DEVICES[target])
@@ -47,11 +53,13 @@ def main() -> None:
     parser.add_argument("--target", choices=ENVIRONMENT, required=True)
     parser.add_argument("--part", choices=PARTS, action="append", help="all where none is named")
     parser.add_argument("--without-peers", action="store_true", help="leave optax out on meshes")
+    parser.add_argument("--small", action="store_true", help="no low-rank steps on large trees")
     parser.add_argument("--folder", type=Path, default=table.RESULTS, help="to write to")
     asked = parser.parse_args()
     os.environ.update(ENVIRONMENT[asked.target])
     for part in asked.part or PARTS:
-        run(part, asked.target, asked.folder, peers=not asked.without_peers)
+        peers = not asked.without_peers
+        run(part, asked.target, asked.folder, peers=peers, small=asked.small)
 
 
 if __name__ == "__main__":

@@ -37,13 +37,15 @@ _TREES = {"tpu": ("one_matrix", "large_matrix"), "gpu": ("gpt170",)}
 _MATRIX_TREES = {"tpu": ("gpt34",), "gpu": ("gpt170",)}
 
 
-def rows(target: str, *, peers: bool) -> Iterator[dict[str, Any]]:
+def rows(target: str, *, peers: bool, small: bool) -> Iterator[dict[str, Any]]:
     """Yield a row per method and tree, and one for the race."""
-    del peers  # bounds are in their units
+    del peers, small  # bounds are in their units
     where = described.sharding(target)
     optimizers = {f"optax.{name}": methods.baseline(name) for name in methods.BASELINES}
     adamw = 0
     for name, tx in (optimizers | methods.optimizers()).items():
+        if methods.of_low_rank(name):
+            continue  # their own part
         for tree in (_MATRIX_TREES if methods.of_matrices(name) else _TREES)[target]:
             found = _measure(target, name, tx, tree, where, adamw)
             if name == "optax.adamw":

@@ -140,8 +140,9 @@ def _theirs(target: str, case: Case) -> dict[str, Any]:
     return dict.fromkeys(("plan", "plan MiB", "as planned", "busy")) | counts
 
 
-def rows(target: str, *, peers: bool) -> Iterator[dict[str, Any]]:
+def rows(target: str, *, peers: bool, small: bool) -> Iterator[dict[str, Any]]:
     """Yield a row per case, and optax's beside some of them."""
+    del small
     for case in cases(target):
         head = {
             "topology": case.topology,

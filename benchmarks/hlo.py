@@ -111,6 +111,15 @@ def collective_bytes(text: str, itemsize: int | None = None) -> Counter[str]:
     return found
 
 
+def collective_arrays(text: str) -> set[tuple[str, tuple[int, ...]]]:
+    """Return kind and shape of every array that a collective gives to one device."""
+    return {
+        (kind, tuple(int(n) for n in dims.split(",") if n))
+        for kind, result, _ in _collectives(text)
+        for _, dims in _ARRAY.findall(result)
+    }
+
+
 def named(counts: Counter[str]) -> str:
     """Return "2 all-to-all" for {"all-to-all": 2}."""
     return ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())) or "none"

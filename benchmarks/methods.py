@@ -2,7 +2,7 @@
 
 import inspect
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
@@ -15,6 +15,12 @@ WEIGHT_DECAY = 1e-2
 BASELINES = ("adamw", "lion", "signum", "adabelief", "lars", "lamb", "contrib.muon")
 # What these cost is the products: judged on whole trees, beside optax.contrib.muon.
 MATRIX = ("muon", "normuon", "lanton", "scion")
+# What these save is memory, and what they risk is the compile time of a decomposition.
+LOW_RANK = ("apollo", "conda", "fira", "frugal", "galore", "ldadam", "q_galore")
+# GaLore's step on weights of another form.
+_DERIVED = ("grad_norm_lorp",)
+# Their rank is another by definition: the whole side, and a share of it.
+_OWN_RANK = ("conda", "frugal")
 
 # Arrays of the parameters' shape that a method with norms has to read a second time, once it knows
 # them: adagrad_norm, sgd_sai (first step) g; allora p; lars g, p; lamb, adamp and nap the two
@@ -53,6 +59,17 @@ def plain(name: str) -> str:
 def of_matrices(name: str) -> bool:
     """Tell whether a method orthogonalizes."""
     return plain(name) in MATRIX
+
+
+def of_low_rank(name: str) -> bool:
+    """Tell whether a method keeps its state in a subspace."""
+    return plain(name) in LOW_RANK + _DERIVED
+
+
+def low_rank(name: str, rank: int, shardings: Any = None) -> optax.GradientTransformation:
+    """Return a recipe of the low-rank family with its own projector, and that rank."""
+    ranks = {} if name in _OWN_RANK else {"rank": rank}
+    return getattr(recipes, name)(RATE, shardings=shardings, **ranks)
 
 
 def baseline(name: str) -> optax.GradientTransformation:

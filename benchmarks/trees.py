@@ -45,6 +45,11 @@ def gpt196() -> dict[str, Any]:
     return tree | {"position": {"embedding": (1024, 256)}}
 
 
+def gpt10() -> dict[str, Any]:
+    """GPT of 10 leaves, 1.3 M parameters: one layer of width 256 without biases."""
+    return _gpt(256, 1, vocab=2048, bias=False)
+
+
 def one_matrix() -> dict[str, Any]:
     """One (4096, 4096) leaf, on which bytes per parameter are judged."""
     return {"dense": {"kernel": (4096, 4096)}}

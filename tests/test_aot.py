@@ -11,6 +11,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 
@@ -22,7 +23,21 @@ ROOT = pathlib.Path(__file__).parent.parent
 # first one runs, and counts the copy at both ends.
 PREFETCHED = {"adagrad_norm", "adamp", "allora", "nap", "sgd_sai", "sgdp"}
 ONE_PASS = ("adabelief", "diffgrad", "lion", "lion_k", "signum")
-LEAFWISE = sorted(set(recipes.__all__) - set(methods.MATRIX))
+OF_DEVICE = [name for name in recipes.__all__ if not methods.of_low_rank(name)]
+LEAFWISE = sorted(set(OF_DEVICE) - set(methods.MATRIX))
+# Conda's coordinates are as large as its matrices.
+NARROW = sorted(set(methods.LOW_RANK) - {"conda"})
+SHARDED = ("fsdp 8", "fsdp 8 Auto")
+# Of one small layer, in percent of its parameters; on a TPU most of it is the compiler's own room.
+MOST_TEMP = {
+    "tpu": dict.fromkeys(methods.LOW_RANK, 150),
+    "gpu": {
+        "apollo": 30, "frugal": 75, "galore": 75, "q_galore": 75, "fira": 110, "conda": 150,
+        "ldadam": 175,
+    },
+}  # fmt: skip
+# What it would take to gather the gradients of that layer's matrices once.
+GRADIENTS_MIB = 3
 # Reduced together, with the same bytes: a TPU's and a GPU's compilers do that to neighbours.
 COMBINED = {
     "tpu": {("v5e:2x4", "fsdp 8", "gpt34"), ("v5e:16x16", "fsdp 256", "gpt34")},
@@ -39,12 +54,20 @@ def _installed(*modules):
     return True
 
 
+class Tables(NamedTuple):
+    """Rows of each part."""
+
+    device: dict
+    mesh: list
+    low_rank: dict
+
+
 def _compile_all(target, directory):
-    """Compile for one device and for meshes, in two processes at a time."""
+    """Compile all parts, in a process each."""
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     command = [sys.executable, "-W", "error", "-m", "benchmarks.aot", "--target", target]
-    command += ["--without-peers", "--folder", str(directory), "--part"]
-    parts = {"device": "aot", "mesh": "aot_mesh"}
+    command += ["--without-peers", "--small", "--folder", str(directory), "--part"]
+    parts = {"device": "aot", "mesh": "aot_mesh", "low_rank": "aot_low_rank"}
     running = [
         subprocess.Popen(
             [*command, part], cwd=ROOT, env=environment, text=True,
@@ -55,11 +78,15 @@ def _compile_all(target, directory):
     for process in running:
         _, errors = process.communicate()
         assert process.returncode == 0, errors[-4000:]
-    device, mesh = (
+    device, mesh, low = (
         json.loads((directory / f"{name}_{target}.json").read_text())["rows"]
         for name in parts.values()
     )
-    return {(row["method"], row["tree"]): row for row in device}, mesh
+    return Tables(
+        {(row["method"], row["tree"]): row for row in device},
+        mesh,
+        {(row["method"], row["on"]): row for row in low},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +105,7 @@ def gpu(tmp_path_factory):
 
 @pytest.mark.parametrize("name", LEAFWISE)
 def test_tpu_moves_no_more_bytes_than_promised(tpu, name):
-    tpu, _ = tpu
+    tpu = tpu.device
     large, row = tpu[name, "large_matrix"], tpu[name, "one_matrix"]
     assert large["least"] <= large["bytes/param"] <= large["bound"]
     assert row["without prefetch"] <= row["bound"]
@@ -88,20 +115,20 @@ def test_tpu_moves_no_more_bytes_than_promised(tpu, name):
 @pytest.mark.parametrize("name", ONE_PASS)
 @pytest.mark.parametrize("tree", ["one_matrix", "large_matrix"])
 def test_tpu_reads_and_writes_everything_once(tpu, name, tree):
-    tpu, _ = tpu
+    tpu = tpu.device
     assert tpu[name, tree]["bytes/param"] == tpu[name, tree]["least"]
     assert tpu[name, tree]["temp %"] < 1
 
 
-@pytest.mark.parametrize("name", recipes.__all__)
+@pytest.mark.parametrize("name", OF_DEVICE)
 def test_gpu_launches_no_more_kernels_than_promised(gpu, name):
-    row = gpu[0][name, "gpt170"]
+    row = gpu.device[name, "gpt170"]
     assert 0 < row["kernels"] <= row["bound"]
 
 
 @pytest.mark.parametrize("name", ONE_PASS)
 def test_gpu_keeps_no_copies(gpu, name):
-    gpu, _ = gpu
+    gpu = gpu.device
     row = gpu[name, "gpt170"]
     assert row["kernels"] <= gpu["optax.adamw", "gpt170"]["kernels"]
     assert row["temp %"] < 1
@@ -109,24 +136,24 @@ def test_gpu_keeps_no_copies(gpu, name):
 
 @pytest.mark.parametrize("target", ["tpu", "gpu"])
 def test_the_train_step_of_the_race_compiles(request, target):
-    rows, _ = request.getfixturevalue(target)
+    rows = request.getfixturevalue(target).device
     assert rows["race (adamw)", "quick"]["instructions"] > 1000
 
 
 @pytest.mark.parametrize("target", ["tpu", "gpu"])
 def test_one_device_needs_no_collective(request, target):
-    rows, _ = request.getfixturevalue(target)
+    rows = request.getfixturevalue(target).device
     assert not any(row["collectives"] for row in rows.values())
 
 
 def test_muon_on_a_tpu_keeps_a_third_of_the_parameters_at_most(tpu):
-    rows, _ = tpu
+    rows = tpu.device
     assert 0 < rows["muon", "gpt34"]["temp %"] <= 35
     assert 0 < rows["muon[bfloat16]", "gpt34"]["temp %"] <= 35
 
 
 def test_muon_on_a_gpu_launches_a_quarter_of_optax_kernels_in_a_third_of_the_memory(gpu):
-    rows, _ = gpu
+    rows = gpu.device
     optax, ours = rows["optax.contrib.muon", "gpt170"], rows["muon[bfloat16]", "gpt170"]
     assert rows["muon", "gpt170"]["kernels"] <= optax["kernels"] / 4
     assert ours["kernels"] <= optax["kernels"] / 4
@@ -137,7 +164,7 @@ def test_muon_on_a_gpu_launches_a_quarter_of_optax_kernels_in_a_third_of_the_mem
 
 @pytest.mark.parametrize("target", ["tpu", "gpu"])
 def test_meshes_send_what_the_plan_says(request, target):
-    _, rows = request.getfixturevalue(target)
+    rows = request.getfixturevalue(target).mesh
     for row in rows:
         said = set(row["as planned"].split(", "))
         allowed = {"equal"}
@@ -151,7 +178,7 @@ def test_meshes_send_what_the_plan_says(request, target):
 
 
 def test_few_matrices_keep_most_of_256_chips_busy(tpu):
-    _, rows = tpu
+    rows = tpu.mesh
     busy = {
         row["matrices"]: float(row["busy"].rstrip("%"))
         for row in rows
@@ -159,3 +186,22 @@ def test_few_matrices_keep_most_of_256_chips_busy(tpu):
     }
     assert busy["8"] > 50
     assert busy["64"] > 50
+
+
+@pytest.mark.parametrize("target", ["tpu", "gpu"])
+@pytest.mark.parametrize("name", methods.LOW_RANK)
+def test_low_rank_steps_compile_within_their_memory(request, target, name):
+    rows = request.getfixturevalue(target).low_rank
+    alone = rows[name, "one device"]
+    assert alone["collectives"] == "none"
+    assert 0 < alone["temp %"] <= MOST_TEMP[target][name]
+    assert all(rows[name, where]["collectives"] != "none" for where in SHARDED)
+
+
+@pytest.mark.parametrize("target", ["tpu", "gpu"])
+@pytest.mark.parametrize("where", SHARDED)
+@pytest.mark.parametrize("name", NARROW)
+def test_low_rank_steps_gather_no_matrix(request, target, where, name):
+    row = request.getfixturevalue(target).low_rank[name, where]
+    assert 0 < row["whole %"] < 50
+    assert 0 < row["MiB"] < GRADIENTS_MIB

@@ -107,3 +107,9 @@ def test_widths_of_types():
 def test_a_line_without_an_opcode_is_an_error():
     with pytest.raises(ValueError, match="no opcode in '%a = f32"):
         hlo.collectives("ENTRY %main (p: f32[]) -> f32[] {\n  %a = f32[]\n}\n")
+
+
+def test_arrays_of_collectives_have_their_shapes():
+    assert hlo.collective_arrays(CPU) == {
+        ("all-to-all", (1, 4)), ("all-reduce", (3,)), ("all-gather", (2, 4)),
+    }  # fmt: skip
