@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# A Hadamard matrix is a Kronecker product of parts of at most 2^RADIX rows. Of 2^20 numbers on a
-# CPU, products with parts of 16 rows take 4.0 ms and compile in 0.08 s; butterflies 3.7 ms and
-# 0.37 s.
-RADIX = 4
+# A Hadamard matrix is a Kronecker product of parts: the first of 2^7 rows, as many as a TPU has
+# numbers in a row, others of 2^5. Butterflies, parts of two rows, run as fast on a CPU but take
+# three times as long to compile, there and for a TPU.
+FIRST, OTHERS = 7, 5
 # Entries of a dense map that are in memory at once.
 CHUNK = 2**20
 
@@ -35,22 +35,21 @@ def length(size: int, dim: int) -> int:
 
 def hadamard(x: jax.Array) -> jax.Array:
     """Return H x/sqrt(L) over the last axis, whose length L is a power of two: its own inverse."""
-    height, left = 1, x.shape[-1].bit_length() - 1
-    out = x.reshape(-1, x.shape[-1])
-    while left:
-        bits = min(RADIX, left)
-        part = jnp.asarray(_hadamard_matrix(bits) / math.sqrt(2**bits), x.dtype)
+    left = x.shape[-1].bit_length() - 1
+    bits, height = min(FIRST, left), 1
+    out = jnp.matmul(x.reshape(-1, 2**bits), _part(bits, x.dtype), precision="highest")
+    while left := left - bits:
+        height, bits = height << bits, min(OTHERS, left)
         out = out.reshape(-1, 2**bits, height)
-        out = jnp.einsum("ij,ajb->aib", part, out, precision="highest")
-        height, left = height << bits, left - bits
+        out = jnp.einsum("ij,ajb->aib", _part(bits, x.dtype), out, precision="highest")
     return out.reshape(x.shape)
 
 
-def _hadamard_matrix(bits: int) -> np.ndarray:
+def _part(bits: int, dtype: jnp.dtype) -> jax.Array:
     matrix = np.ones((1, 1))
     for _ in range(bits):
         matrix = np.kron(matrix, np.array([[1.0, 1.0], [1.0, -1.0]]))
-    return matrix
+    return jnp.asarray(matrix / math.sqrt(2**bits), dtype)
 
 
 def permutation(constants: jax.Array, bits: int) -> jax.Array:
@@ -76,12 +75,14 @@ def _normals(bits: jax.Array) -> jax.Array:
 def draw(key: jax.Array, length: int, dtype: jnp.dtype) -> Fastfood:
     """Return the random parts of a map, the same for every dtype.
 
-    All come from one call of the generator, which takes most of the time to compile.
+    All come from one call of the generator, which takes most of the time to compile; the first
+    eight of its words make the permutation too. A few words more than L, a power of two, would take
+    a TPU's compiler four times as long.
     """
-    words = jax.random.bits(key, (length + 8,), jnp.uint32)
-    signs = 1 - 2 * (words[:length] & 1).astype(jnp.int32)
-    order = permutation(words[length:].reshape(4, 2), length.bit_length() - 1)
-    return Fastfood(signs.astype(dtype), order, _normals(words[:length]).astype(dtype))
+    words = jax.random.bits(key, (length,), jnp.uint32)
+    signs = 1 - 2 * (words & 1).astype(jnp.int32)
+    order = permutation(jnp.resize(words[:8], (4, 2)), length.bit_length() - 1)
+    return Fastfood(signs.astype(dtype), order, _normals(words).astype(dtype))
 
 
 def _weights(parts: Fastfood) -> jax.Array:

@@ -55,8 +55,11 @@ def _alike(
     out: list[Any] = [None] * len(sizes)
     for size in dict.fromkeys(sizes):
         places = [i for i, s in enumerate(sizes) if s == size]
-        stack = keys[np.array(places)], jnp.stack([rows[i] for i in places])
         one = partial(fn, size)
+        if len(places) == 1:
+            out[places[0]] = one(keys[places[0]], rows[places[0]])
+            continue
+        stack = keys[np.array(places)], jnp.stack([rows[i] for i in places])
         if len(places) * width(size) <= TOGETHER:
             found = jax.vmap(one)(*stack)
         else:
