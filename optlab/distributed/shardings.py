@@ -117,8 +117,8 @@ def fitted(spec: PartitionSpec, shape: Shape, new_shape: Shape, mesh: Any) -> Pa
     """Return the spec of what keeps some axes of a leaf of `shape` and shortens others.
 
     The mesh axes of a shortened one move to the longest kept axis that they divide, if there is
-    one: a state smaller than its parameter is still spread over all devices. Of another rank, it is
-    replicated.
+    one: a state smaller than its parameter is still spread over all devices. One number per slice,
+    which a sum leaves, stays where the slices are. Of another rank, it is replicated.
     """
     if len(shape) != len(new_shape):
         return PartitionSpec()
@@ -126,7 +126,9 @@ def fitted(spec: PartitionSpec, shape: Shape, new_shape: Shape, mesh: Any) -> Pa
     entries += [()] * (len(shape) - len(entries))
     kept = [axis for axis, (n, new) in enumerate(zip(shape, new_shape, strict=True)) if n == new]
     new = [entry if axis in kept else () for axis, entry in enumerate(entries)]
-    freed = tuple(a for axis, entry in enumerate(entries) if axis not in kept for a in entry)
+    summed = all(n == 1 for axis, n in enumerate(new_shape) if axis not in kept)
+    gone = () if summed else (axis for axis in range(len(shape)) if axis not in kept)
+    freed = tuple(name for axis in gone for name in entries[axis])
     for axis in sorted(kept, key=lambda i: -new_shape[i]):
         parts = math.prod(mesh.shape[name] for name in (*new[axis], *freed))
         if freed and new_shape[axis] % parts == 0:
