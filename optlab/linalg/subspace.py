@@ -33,9 +33,10 @@ def _through(x: jax.Array, q: jax.Array) -> jax.Array:
     99.99 % of SVD's either way; 96 % and 98 % with one value 1e3 times the next.
     """
 
+    # Rows throughout: a CPU takes 15 ms where x (x^T q) takes 21.
     def at(precision, x, q):
-        y = jnp.matmul(x.mT, q, precision=precision)
-        return jnp.matmul(x, y, precision=precision)
+        y = jnp.matmul(q.mT, x, precision=precision)
+        return jnp.matmul(y, x.mT, precision=precision).mT
 
     forms = {"tpu": partial(at, "high"), "default": partial(at, "highest")}
     return jax.lax.platform_dependent(x, q, **forms)
@@ -120,9 +121,32 @@ def power_basis(
     q = jax.lax.fori_loop(0, iterations, iterate, start)
     if q.shape[-1] == rank:
         return q
-    y = product(x.mT, q)
-    ritz = jnp.linalg.eigh(product(y.mT, y))[1][..., ::-1]
-    return product(q, ritz[..., :rank])
+    return product(q, _ritz(product(q.mT, x))[..., :rank])
+
+
+def _ritz(y: jax.Array) -> jax.Array:
+    """Return the left singular vectors of y (..., l, b), the largest first.
+
+    Eigenvectors of y y^T mix where singular values are below 1e-3 of the largest, so those below
+    1e-2 are found a second time, without the larger ones: with s_r = 1.4e-3 s_1 1.5 % of the
+    subspace of 128 of 1024 directions was another than SVD's, now 0.01 %.
+    """
+    rows = y.shape[-2]
+    apart = jnp.diag(4 - jnp.arange(rows, dtype=y.dtype) / rows)
+
+    def again(turned, least):
+        z = product(turned.mT, y)
+        squares = jnp.sum(z * z, axis=-1, keepdims=True)
+        done = squares > least * jnp.max(squares, axis=-2, keepdims=True)
+        largest = jnp.max(jnp.where(done, 0, squares), axis=-2, keepdims=True)
+        small = jnp.where(done, 0, z) / jnp.sqrt(jnp.where(largest > 0, largest, 1))
+        # Those of the rest have eigenvalues of about 1 at most.
+        gram = product(small, small.mT) + jnp.where(done, apart, 0)
+        return product(turned, jnp.linalg.eigh(gram)[1][..., ::-1]), None
+
+    start = jnp.broadcast_to(jnp.eye(rows, dtype=y.dtype), (*y.shape[:-2], rows, rows))
+    # A loop, so that the eigenvectors are compiled once.
+    return jax.lax.scan(again, start, jnp.array([1.0, 1e-4], y.dtype))[0]
 
 
 def overlap(new: jax.Array, old: jax.Array) -> jax.Array:

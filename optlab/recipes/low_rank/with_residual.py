@@ -25,7 +25,7 @@ def fira(
     *,
     rank: Rank = 0.25,
     every: int | Refresh = 200,
-    scale: ArrayLike = 1.0,
+    scale: ArrayLike = 0.25,
     growth: ArrayLike = 1.01,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
