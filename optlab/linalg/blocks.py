@@ -46,20 +46,54 @@ def encode(rows: jax.Array, bits: int, uniform: jax.Array | None = None) -> Code
     x = rows / scale
     whole = jnp.round(x) if uniform is None else jnp.floor(x) + (uniform < x - jnp.floor(x))
     codes = jnp.clip(whole + zero, 0, top).astype(jnp.uint8)
-    return Codes(_packed(codes) if bits == 4 else codes, scale, zero)
+    return Codes(packed(codes) if bits == 4 else codes, scale, zero)
 
 
 def decode(stored: Codes, bits: int) -> jax.Array:
     """Return the rows of numbers, in float32."""
-    codes = _unpacked(stored.codes) if bits == 4 else stored.codes
+    codes = unpacked(stored.codes) if bits == 4 else stored.codes
     return stored.scale * (codes.astype(jnp.float32) - stored.zero)
 
 
-def _packed(codes: jax.Array) -> jax.Array:
+def packed(codes: jax.Array) -> jax.Array:
     """Put two codes into a byte: a row's first half low, its second half high."""
     low, high = jnp.split(codes, 2, axis=-1)
     return low | (high << 4)
 
 
-def _unpacked(packed: jax.Array) -> jax.Array:
-    return jnp.concatenate([packed & 15, packed >> 4], axis=-1)
+def unpacked(pairs: jax.Array) -> jax.Array:
+    """Return the two codes of every byte."""
+    return jnp.concatenate([pairs & 15, pairs >> 4], axis=-1)
+
+
+def tile_sizes(shape: tuple[int, ...], block: int, *, even: bool = False) -> tuple[int, ...]:
+    """Return the extents of blocks of about that many entries, one per axis of an array.
+
+    The last axis is cut evenly into as few parts as it takes. One that is shorter than a block
+    is whole, and the axis before it is cut, into equal parts; and so on. `even`: along the last
+    axis, an even number.
+    """
+    parts = -(-shape[-1] // block)
+    last = -(-shape[-1] // parts)
+    sizes = [last + (last % 2 if even else 0)]
+    room = block // sizes[0]
+    for n in reversed(shape[:-1]):
+        whole = sizes[0] >= shape[-len(sizes)]
+        most = min(room, n) if whole else 1
+        size = next(s for s in range(max(most, 1), 0, -1) if n % s == 0)
+        room //= size
+        sizes.insert(0, size)
+    return tuple(sizes)
+
+
+def tiled(x: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+    """Return an array (n0, n1, ...) as blocks (n0/s0, s0, n1/s1, s1, ...), the last axis padded."""
+    missing = -x.shape[-1] % sizes[-1]
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+    pairs = ((n // size, size) for n, size in zip(x.shape, sizes, strict=True))
+    return x.reshape([n for pair in pairs for n in pair])
+
+
+def untiled(tiles: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return the array of that shape whose blocks they are."""
+    return tiles.reshape(*shape[:-1], -1)[..., : shape[-1]]
