@@ -19,6 +19,10 @@ class NormGrowthLimiterState(NamedTuple):
 
     norms: jax.Array  # float32 or wider, (leaves or matrices,): last emitted norm, -1 before it
 
+    def metrics(self) -> dict[str, jax.Array]:
+        """Return the norm of what was emitted last, of all leaves; of none yet, 0."""
+        return {"limited_norm": jnp.sqrt(jnp.sum(jnp.maximum(self.norms, 0) ** 2))}
+
 
 @_checks.explain_calls
 def norm_growth_limiter(

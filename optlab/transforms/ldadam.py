@@ -12,6 +12,7 @@ from optlab import _checks, _leafwise
 from optlab import layout as _layout
 from optlab.distributed.shardings import everywhere
 from optlab.transforms import projection
+from optlab.transforms.found import found_metrics
 from optlab.transforms.momentum import correction, debias
 from optlab.transforms.projection import Kept, Lens, Rank, Reading
 from optlab.transforms.refresh import refreshed
@@ -27,6 +28,13 @@ class ScaleByLdadamState(NamedTuple):
     mu: optax.Updates  # in coordinates
     nu: optax.Updates  # in coordinates
     error: Any  # what the subspaces left out, in the parameters' shapes; None without feedback
+
+    def metrics(self) -> dict[str, jax.Array]:
+        """Return the mean share of the subspaces before in the last ones, and how many there were.
+
+        One count per matrix and step.
+        """
+        return found_metrics(self.kept)
 
 
 @_checks.explain_calls

@@ -13,6 +13,7 @@ from optlab import _checks, _leafwise
 from optlab import layout as _layout
 from optlab.distributed.shardings import everywhere
 from optlab.transforms import projection
+from optlab.transforms.found import found_metrics
 from optlab.transforms.projection import Kept, Lens, Reading
 from optlab.transforms.refresh import Refresh, refreshed
 from optlab.transforms.residual import Residual
@@ -28,6 +29,13 @@ class InLowRankState(NamedTuple):
     refresh: Any  # of the rule; nothing for a number of steps
     inner: optax.OptState  # of `inner`, for coordinates in place of projected leaves
     residual: optax.OptState
+
+    def metrics(self) -> dict[str, jax.Array]:
+        """Return the mean share of the subspaces before in the last ones, and how many there were.
+
+        One count per matrix and refresh.
+        """
+        return found_metrics(self.kept)
 
 
 @_checks.explain_calls

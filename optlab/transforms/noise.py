@@ -40,6 +40,14 @@ class NoiseAdaptiveState(NamedTuple):
     noise: jax.Array  # float32 or wider, (matrices,): average of squared dual norms
     inner: optax.OptState
 
+    def metrics(self) -> dict[str, jax.Array]:
+        """Return the noise of the quietest and of the loudest matrix, as dual norms."""
+        lowest = jnp.min(self.noise) if self.noise.size else jnp.zeros([], self.noise.dtype)
+        return {
+            "noise_min": jnp.sqrt(lowest),
+            "noise_max": jnp.sqrt(jnp.max(self.noise, initial=0)),
+        }
+
 
 def check_norms(name: str, norms: Any) -> None:
     """Refuse what does not map roles to norms."""

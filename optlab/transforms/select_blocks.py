@@ -24,6 +24,12 @@ class SelectBlocksState(NamedTuple):
     inner: optax.OptState
     others: optax.OptState
 
+    def metrics(self) -> dict[str, jax.Array]:
+        """Return the share of blocks that move; of "top_k", of entries."""
+        chosen = jax.tree.leaves(self.chosen)
+        entries = max(sum(x.size for x in chosen), 1)
+        return {"moving_share": sum((jnp.sum(x) for x in chosen), jnp.zeros([])) / entries}
+
 
 def _pick(masks: Any, updates: Any, where: bool) -> Any:
     """Return the updates where the mask is as asked for, zeros elsewhere."""

@@ -16,6 +16,10 @@ class ScaleByAdagradNormState(NamedTuple):
 
     sum_of_squares: jax.Array  # float32 or wider, () or (leaves,): b_t^2
 
+    def metrics(self) -> dict[str, jax.Array]:
+        """Return b_t, the divisor; of several leaves the largest."""
+        return {"adagrad_norm": jnp.sqrt(jnp.max(self.sum_of_squares, initial=0))}
+
 
 def _shared(values: jax.Array) -> jax.Array:
     """Return a vector of equal entries, one per leaf, that the GPU compiler takes for any vector.

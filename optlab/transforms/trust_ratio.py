@@ -25,6 +25,11 @@ class ScaleByInitialSnrState(NamedTuple):
     count: jax.Array  # int32, (): updates seen
     snr: jax.Array  # float32 or wider, (leaves,): measured on the first gradient
 
+    def metrics(self) -> dict[str, jax.Array]:
+        """Return the smallest and the largest ratio of a leaf."""
+        lowest = jnp.min(self.snr) if self.snr.size else jnp.zeros([], self.snr.dtype)
+        return {"gsnr_min": lowest, "gsnr_max": jnp.max(self.snr, initial=0)}
+
 
 def _clip_bounds(name: str, phi: tuple[float, float] | None) -> None:
     real = isinstance(phi, tuple) and all(isinstance(x, numbers.Real) for x in phi)
