@@ -1,5 +1,6 @@
 """Parameters in bfloat16 or float16 that take steps below half a spacing of theirs."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +54,8 @@ def apply_updates_stochastic(params: optax.Params, updates: optax.Updates, key: 
       updates: their updates, in any dtypes; None leaves a parameter as it is. The sum is taken in
         float32, so updates in float32 lose nothing on the way.
       key: a key of `jax.random`, a new one for every step. The numbers depend on it and on the
-        number of the leaf, not on the mesh. Inside `jax.shard_map` every device draws the same.
+        number of the leaf among those with an update, not on the mesh. Inside `jax.shard_map` every
+        device draws the same.
 
     Returns:
       The new parameters, in the dtypes of the old. What is finite stays finite, a number that needs
@@ -77,19 +79,20 @@ def apply_updates_stochastic(params: optax.Params, updates: optax.Updates, key: 
     name = "apply_updates_stochastic"
     check_key(name, key)
     named, (column,), treedef = _leafwise.aligned(name, updates, ("params", params))
-    out = []
-    for index, ((path, u), p) in enumerate(zip(named, column, strict=True)):
+    number = itertools.count()
+
+    def leaf(path, u, p):
         if p is None or u is None:
-            out.append(p)
-            continue
-        p, u = jnp.asarray(p), jnp.asarray(u)
+            return p
+        p, u, index = jnp.asarray(p), jnp.asarray(u), next(number)
         _check_shape(name, path, p, u)
         if not rounding.is_narrow(p.dtype):
-            out.append((p + u).astype(p.dtype))
-            continue
+            return (p + u).astype(p.dtype)
         total = p.astype(jnp.float32) + u.astype(jnp.float32)
-        out.append(rounding.stochastic(total, random_bits(key, index, p), p.dtype))
-    return jax.tree.unflatten(treedef, out)
+        return rounding.stochastic(total, random_bits(key, index, p), p.dtype)
+
+    rows = zip(named, column, strict=True)
+    return jax.tree.unflatten(treedef, [leaf(path, u, p) for (path, u), p in rows])
 
 
 def _check_shape(name: str, path: str, p: Any, u: Any) -> None:
