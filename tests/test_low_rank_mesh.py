@@ -39,7 +39,11 @@ RECIPES = {
 }
 
 
-def draw(seed):
+# Power iteration to a basis of full rank makes roundings (s_1/s_m)^2 = 130 times as large.
+WIDE = {"conda"}
+
+
+def draw(seed, dtype="f4"):
     """Return a tree whose matrices have the singular values 0.85^i."""
     rng, tree = np.random.default_rng(seed), {}
     for name, (shape, _) in LEAVES.items():
@@ -47,7 +51,7 @@ def draw(seed):
         if x.ndim == 2:
             u, s, vt = np.linalg.svd(x, full_matrices=False)
             x = (u * 3 * 0.85 ** np.arange(len(s))) @ vt
-        tree[name] = x.astype("f4")
+        tree[name] = x.astype(dtype)
     return tree
 
 
@@ -55,26 +59,26 @@ def on(mesh, tree):
     return {k: jax.device_put(x, NamedSharding(mesh, LEAVES[k][1])) for k, x in tree.items()}
 
 
-def trained(tx, place, steps=3):
+def trained(tx, place, steps=3, dtype="f4"):
     """Return parameters and states of all steps, and the compiled step."""
 
     def step(grads, state, params):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    params = place(draw(0))
+    params = place(draw(0, dtype))
     states = [jax.jit(tx.init)(params)]
-    step = jax.jit(step).lower(place(draw(1)), states[0], params).compile(QUICK)
+    step = jax.jit(step).lower(place(draw(1, dtype)), states[0], params).compile(QUICK)
     for t in range(steps):
-        params, state = step(place(draw(t + 1)), states[-1], params)
+        params, state = step(place(draw(t + 1, dtype)), states[-1], params)
         jax.block_until_ready(params)
         states.append(state)
     return params, states, step
 
 
 @functools.cache
-def alone(name):
-    return trained(RECIPES[name](), lambda tree: jax.tree.map(jnp.asarray, tree))[0]
+def alone(name, dtype):
+    return trained(RECIPES[name](), lambda tree: jax.tree.map(jnp.asarray, tree), dtype=dtype)[0]
 
 
 def largest_moved(text):
@@ -93,14 +97,15 @@ def parts(x):
 @pytest.mark.parametrize("kind", [EXPLICIT, AUTO], ids=["explicit", "auto"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_sharded_run_is_that_of_one_device(name, kind):
-    want = alone(name)
-    mesh = mesh_of(kind)
-    with jax.set_mesh(mesh):
-        params = on(mesh, draw(0))
-        tx = RECIPES[name](shardings=optlab.shardings_of(params) if kind == AUTO else None)
-        got, states, step = trained(tx, functools.partial(on, mesh))
-        told = optlab.state_sharding(tx, params)
-    assert off(got, want, draw(0)) < 1e-5
+    dtype, mesh = "f8" if name in WIDE else "f4", mesh_of(kind)
+    with jax.enable_x64(name in WIDE):
+        want = alone(name, dtype)
+        with jax.set_mesh(mesh):
+            params = on(mesh, draw(0, dtype))
+            tx = RECIPES[name](shardings=optlab.shardings_of(params) if kind == AUTO else None)
+            got, states, step = trained(tx, functools.partial(on, mesh), dtype=dtype)
+            told = optlab.state_sharding(tx, params)
+        assert off(got, want, draw(0, dtype)) < (1e-12 if name in WIDE else 1e-5)
     for leaf, start in params.items():
         assert got[leaf].sharding.is_equivalent_to(start.sharding, start.ndim)
     for state in states:
@@ -111,8 +116,7 @@ def test_a_sharded_run_is_that_of_one_device(name, kind):
     cut = [parts(x) for x in matrices if N in x.shape]
     assert len(cut) >= 3
     assert set(cut) <= {2, 4}
-    # In a basis of full rank coordinates are as many as the matrix has numbers.
-    assert 0 < largest_moved(step.as_text()) <= M * N - (name != "conda")
+    assert 0 < largest_moved(step.as_text()) < M * N
 
 
 def test_an_exact_svd_does_move_a_whole_matrix():

@@ -227,6 +227,28 @@ def oriented(x: jax.Array, side: Side) -> jax.Array:
     return x if side.name == "rows" else x.mT
 
 
+def turnable(x: jax.Array, low: Low, side: Side) -> jax.Array:
+    """Ask that matrices (..., m, n) are not cut along a side of full rank.
+
+    The cut moves to the other side, an all-to-all, and each device turns what it has. Left to
+    itself a compiler gathers the matrix, or sums one of its size.
+    """
+    where = low.placement
+    if where is None or side.rank < side.size:
+        return x
+    rows, cols = (tuple(n for a in axes for n in where.spec[a]) for axes in low.groups[-2:])
+    kept = x.shape[-1 if side.name == "rows" else -2]
+    if kept % where.size((*cols, *rows)):
+        return x
+    ends = ((), (*cols, *rows)) if side.name == "rows" else ((*rows, *cols), ())
+    cuts = (*(where.spec[a] for a in low.view.batch(len(low.shape))), *ends)
+    spec = PartitionSpec(*(names or None for names in cuts))
+    explicit = AxisType.Explicit in where.mesh.axis_types
+    return jax.lax.with_sharding_constraint(
+        x, spec if explicit else NamedSharding(where.mesh, spec)
+    )
+
+
 class Kept(NamedTuple):
     """What is kept of the subspaces of one bucket, side by side."""
 
@@ -279,10 +301,23 @@ def _placed(x: jax.Array, low: Low, shape: tuple[int, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(where.mesh, _spec(low, shape)))
 
 
+def placed_everywhere(tree: Any, low: Low) -> Any:
+    """Say that a tree lies on all devices of a leaf, which no type does on an Auto mesh."""
+    where = low.placement
+    if where is None or AxisType.Explicit in where.mesh.axis_types:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(where.mesh, PartitionSpec()))
+
+
 def _spec(low: Low, shape: tuple[int, ...]) -> PartitionSpec:
     if low.placement is None:
         return PartitionSpec()
     return fitted(low.placement.partition, low.shape, shape, low.placement.mesh)
+
+
+def opened_for(low: Low, x: jax.Array) -> jax.Array:
+    """Return a leaf, or coordinates, as matrices; it lies where leaves do, whatever comes after."""
+    return open_leaf(_placed(x, low, x.shape), low.groups).matrices
 
 
 def _close(low: Low, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -369,24 +404,28 @@ class Lens:
     def down(self, low: Low, leaf: jax.Array) -> jax.Array:
         """Return the coordinates of a leaf, in its dtype, in the shape `low.low_shape`."""
 
-        def coordinates(leaf, stored):
-            x = open_leaf(leaf, low.groups).matrices.astype(_leafwise.widen(leaf.dtype))
-            for side, basis in zip(low.sides, stored, strict=True):
-                x = oriented(self.projector.down(basis, oriented(x, side), side.rank), side)
+        def coordinates(leaf, opened):
+            x = opened_for(low, leaf).astype(_leafwise.widen(leaf.dtype))
+            for side, basis in zip(low.sides, opened, strict=True):
+                x = oriented(turnable(x, low, side), side)
+                x = oriented(self.projector.down(basis, x, side.rank), side)
+                x = turnable(x, low, side)
             return _placed(_close(low, x, low.low_shape).astype(leaf.dtype), low, low.low_shape)
 
-        return partitioned(coordinates, _spec(low, low.low_shape), leaf, self._stored(low))
+        return partitioned(coordinates, _spec(low, low.low_shape), leaf, self._opened(low))
 
     def up(self, low: Low, y: jax.Array) -> jax.Array:
         """Return the leaf with the coordinates y, in their dtype."""
 
-        def leaf_of(y, stored):
-            x = open_leaf(y, low.groups).matrices.astype(_leafwise.widen(y.dtype))
-            for side, basis in zip(low.sides, stored, strict=True):
-                x = oriented(self.projector.up(basis, oriented(x, side), side.size), side)
+        def leaf_of(y, opened):
+            x = opened_for(low, y).astype(_leafwise.widen(y.dtype))
+            for side, basis in zip(low.sides, opened, strict=True):
+                x = oriented(turnable(x, low, side), side)
+                x = oriented(self.projector.up(basis, x, side.size), side)
+                x = turnable(x, low, side)
             return _placed(_close(low, x, low.shape).astype(y.dtype), low, low.shape)
 
-        return partitioned(leaf_of, _spec(low, low.shape), y, self._stored(low))
+        return partitioned(leaf_of, _spec(low, low.shape), y, self._opened(low))
 
     def raised(self, tree: Any) -> list[Any]:
         """Return the projected leaves of a tree of coordinates, whole; None for missing ones."""
@@ -413,11 +452,12 @@ class Lens:
 
         return partitioned(of, _spec(low, low.shape), g, self.up(low, r), r, n)
 
-    def _stored(self, low: Low) -> list[Any]:
-        return [
-            jax.tree.map(lambda x, at=side: x[at.place], self.kept[side.bucket].basis)
-            for side in low.sides
-        ]
+    def _opened(self, low: Low) -> list[Any]:
+        def one(side: Side) -> Any:
+            stored = jax.tree.map(lambda x: x[side.place], self.kept[side.bucket].basis)
+            return placed_everywhere(self.projector.opened(stored, side.size, side.rank), low)
+
+        return [one(side) for side in low.sides]
 
 
 def checked(reading: Reading, tree: Any) -> list[Any]:

@@ -7,12 +7,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from optlab import _checks, _leafwise
-from optlab.layout.apply import open_leaf
 from optlab.linalg import subspace
-from optlab.transforms.projection import Bucket, Kept, Lens, Reading, oriented, partitioned
+from optlab.transforms.projection import (
+    Bucket,
+    Kept,
+    Lens,
+    Reading,
+    opened_for,
+    oriented,
+    partitioned,
+    placed_everywhere,
+    turnable,
+)
 from optlab.transforms.subspace import Projector
 
 Measure = Callable[[jax.Array, jax.Array], jax.Array]
@@ -24,6 +33,10 @@ class LazyState(NamedTuple):
     longer: jax.Array  # int32, (sides,): how often the interval was made longer
     shares: jax.Array  # float32, (sides, queue): the last overlaps, newest first
     seen: jax.Array  # int32, (sides,): overlaps so far
+
+    def metrics(self) -> dict[str, jax.Array]:
+        """Return how often intervals grew, per side."""
+        return {"interval_growths": jnp.sum(self.longer) / max(self.longer.size, 1)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,8 +212,9 @@ def refreshed(
         visit = _Loop(lens.reading, bucket, lens.projector, measure)
         here = [leaves[low] for low, _ in bucket.members]
         spec = jax.tree.map(lambda _: PartitionSpec(), mine)
+        first = lens.reading.lows[bucket.members[0][0]]
         out.append(
-            visit.placed(partitioned(visit, spec, mine, due[start:stop], key, *here))
+            placed_everywhere(partitioned(visit, spec, mine, due[start:stop], key, *here), first)
             if any(x is not None for x in here)
             else mine
         )
@@ -237,13 +251,6 @@ class _Loop:
 
         return jax.lax.fori_loop(0, jnp.sum(wanted), body, _varying_as(kept, leaves))
 
-    def placed(self, kept: Kept) -> Kept:
-        """Say that what is kept lies everywhere, which no type does on an Auto mesh."""
-        where = self.reading.lows[self.bucket.members[0][0]].placement
-        if where is None or AxisType.Explicit in where.mesh.axis_types:
-            return kept
-        return jax.lax.with_sharding_constraint(kept, NamedSharding(where.mesh, PartitionSpec()))
-
     def _branch(self, member: tuple[int, int], leaf: jax.Array | None) -> Callable[[], jax.Array]:
         low = self.reading.lows[member[0]]
         side = low.sides[member[1]]
@@ -251,7 +258,7 @@ class _Loop:
         def matrices() -> jax.Array:
             if leaf is None:
                 return jnp.zeros(self._shape(low, side), _leafwise.widen(self.bucket.dtype))
-            x = open_leaf(leaf, low.groups).matrices
+            x = turnable(opened_for(low, leaf), low, side)
             return oriented(x.astype(_leafwise.widen(leaf.dtype)), side)
 
         return matrices

@@ -38,14 +38,19 @@ class Projector:
         del a, rank
         return stored
 
-    def down(self, stored: Any, x: jax.Array, rank: int) -> jax.Array:
+    def opened(self, stored: Any, a: int, rank: int) -> Any:
+        """Return what `down` and `up` read of what is kept; every device has all of it."""
+        del a, rank
+        return stored
+
+    def down(self, opened: Any, x: jax.Array, rank: int) -> jax.Array:
         """Return the coordinates (..., r, b) of x."""
-        basis = self.basis(stored, x.shape[-2], rank)
+        basis = self.basis(opened, x.shape[-2], rank)
         return jnp.matmul(basis.astype(x.dtype).mT, x)
 
-    def up(self, stored: Any, y: jax.Array, a: int) -> jax.Array:
+    def up(self, opened: Any, y: jax.Array, a: int) -> jax.Array:
         """Return the matrices (..., a, b) with the coordinates y."""
-        return jnp.matmul(self.basis(stored, a, y.shape[-2]).astype(y.dtype), y)
+        return jnp.matmul(self.basis(opened, a, y.shape[-2]).astype(y.dtype), y)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,17 +150,17 @@ class _Coordinates(Projector):
     def basis(self, stored, a, rank):
         return jax.nn.one_hot(stored, a, dtype=jnp.float32, axis=-2)
 
-    def down(self, stored, x, rank):
+    def down(self, opened, x, rank):
         def take(chosen, x):
             return x.at[chosen].get(**_IN_ORDER)
 
-        return _over_batch(take, stored.ndim - 1)(stored, x)
+        return _over_batch(take, opened.ndim - 1)(opened, x)
 
-    def up(self, stored, y, a):
+    def up(self, opened, y, a):
         def put(chosen, y):
             return jnp.zeros((a, y.shape[-1]), y.dtype).at[chosen].set(y, **_IN_ORDER)
 
-        return _over_batch(put, stored.ndim - 1)(stored, y)
+        return _over_batch(put, opened.ndim - 1)(opened, y)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +179,12 @@ class _Quantized(Projector):
         basis = self.basis(old, x.shape[-2], rank)
         return self._encode(self.projector.find(x, basis, rank, key, first))
 
+    def opened(self, stored, a, rank):
+        return self.basis(stored, a, rank)
+
     def basis(self, stored, a, rank):
+        if not isinstance(stored, blocks.Codes):
+            return stored
         shape = (*stored.scale.shape[:-2], *((rank, a) if self.by == "vector" else (a, rank)))
         basis = blocks.from_blocks(blocks.decode(stored, self.bits), shape, 2)
         return basis.mT if self.by == "vector" else basis
