@@ -54,10 +54,9 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         for name, value in _of_state(node).items()
     ]
     named: dict[str, jax.Array] = {}
-    for (path, name, value), told in zip(found, _told_apart(found), strict=True):
-        # A label with a slash in it can still meet another name.
-        whole = "/".join((*path, name))
-        named[whole if told in named else told] = value
+    for (_, _, value), name in zip(found, _told_apart(found), strict=True):
+        # A label with a slash in it can still meet another name: nothing is lost.
+        named[f"{name}#{len(named)}" if name in named else name] = value
     return named
 
 

@@ -1,6 +1,6 @@
 """Averages of the parameters themselves, kept beside training."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def average_params(
             jnp.zeros([], jnp.int32), _leafwise.init_slots(name, params, dtype)
         )
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params: Any = None, **extra_args):
         del extra_args
         _leafwise.require_params(name, params)
         # Also refuses updates that are no gradient of these parameters.

@@ -110,7 +110,8 @@ def _worst(groups: tuple[tuple[int, ...], ...], u: jax.Array) -> jax.Array:
     x = x / jnp.where(largest > 0, largest, 1)
     gram = jnp.matmul(x, x.mT, precision="highest")
     scale = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / gram.shape[-1]
-    off = gram / jnp.where(scale > 0, scale, 1) - jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    off = gram / jnp.where(scale > 0, scale, 1) - eye
     error = jnp.sqrt(jnp.mean(jnp.sum(off * off, -1), -1)) / 2
     return jnp.max(jnp.where(scale[..., 0, 0] > 0, error, 0))
 

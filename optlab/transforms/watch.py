@@ -85,7 +85,7 @@ def watch(
 
     def update(updates, state, params=None, **extra_args):
         new, inside = inner.update(updates, state.inner, params, **extra_args)
-        values = {key: measure(updates, new, params) for key, measure in named.items()}
+        values: dict[str, Any] = {k: m(updates, new, params) for k, m in named.items()}
         if learning_rate is not None:
             rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
             values["learning_rate"] = rate
