@@ -103,7 +103,8 @@ def round_weights(
       q = floor(x) or floor(x) + 1, the latter with probability x - floor(x), x = (w + u)/scale,
     and the update is scale q - w. On average a step counts in full, however small it is beside the
     scale; but for the two ends of a block, which may be cut by half a scale. The grid is made anew
-    in every step, so weights that do not move stay only while the ends of their block do.
+    in every step: where the ends of a block move, all of it is rounded again, and goes one way or
+    the other by a scale. That noise does not depend on the learning rate.
 
     This trains as if codes were all that is stored, without storing them: the weights are still
     arrays, as a model, a loss or `optax.apply_updates` wants them. To save the memory hold codes
