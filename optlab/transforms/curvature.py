@@ -120,16 +120,17 @@ def scale_by_clipped_curvature(
     """
     name = "scale_by_clipped_curvature"
     _checks.check_decay(name, b1=b1, b2=b2)
-    _checks.check_positive(name, gamma=gamma, **({} if eps is None else {"eps": eps}))
+    least = (1e-15 if official else 1e-12) if eps is None else eps
+    _checks.check_positive(name, gamma=gamma, eps=least)
     _checks.check_steps(name, 1, every=every)
     _checks.check_steps(name, 0, seed=seed)
     _checks.check_dtype(name, mu_dtype=mu_dtype)
-    least = (1e-15 if official else 1e-12) if eps is None else eps
 
     def init(params):
-        slots = (_leafwise.init_slots(name, params, d) for d in (mu_dtype, _leafwise.widen))
-        zero = jnp.zeros([], jnp.float32)
-        return ScaleByClippedCurvatureState(jnp.zeros([], jnp.int32), *slots, zero)
+        mu = _leafwise.init_slots(name, params, mu_dtype)
+        nu = _leafwise.init_slots(name, params, _leafwise.widen)
+        count, win_rate = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32)
+        return ScaleByClippedCurvatureState(count, mu, nu, win_rate)
 
     def average(updates, state, params, curvature):
         if curvature is None:
