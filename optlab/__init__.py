@@ -35,6 +35,7 @@ from optlab.recipes import (
     signum,
 )
 from optlab.schedules.shapes import wsd
+from optlab.state import checkpoint
 from optlab.state.memory import compressed_bytes, state_bytes, state_fields
 from optlab.transforms import kappa
 from optlab.transforms.adaptive import (
@@ -95,6 +96,7 @@ __all__ = [
     "allora",
     "apollo",
     "apply_kappa",
+    "checkpoint",
     "column_scaled_residual",
     "compressed_bytes",
     "conda",

@@ -96,7 +96,7 @@ def save(checkpoints: Checkpoints, config: Config, runners: list[Runner]) -> Non
 def restore(checkpoints: Checkpoints, values: dict[str, Any], runners: list[Runner]) -> None:
     """Bring all runners to where the checkpoint left them."""
     like = {runner.name: runner.save()[0] for runner in runners}
-    arrays = checkpoints.read_arrays(like, values)
+    arrays = checkpoints.read_arrays(like)
     for runner in runners:
         runner.restore(arrays[runner.name], values["runners"][runner.name])
 

@@ -197,10 +197,8 @@ class Runner:
             best = min(best, time.perf_counter() - begin)
         return best / TIMED_UPDATES
 
-    def save(self) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    def save(self) -> tuple[Any, dict[str, Any]]:
         """Return the arrays and the plain values of a checkpoint."""
-        leaves = jax.tree.leaves((self.params, self.opt_state))
-        arrays = {f"{index:05d}": leaf for index, leaf in enumerate(leaves)}
         values = {
             "step": self.step,
             "seconds": self.seconds,
@@ -209,13 +207,11 @@ class Runner:
             "diverged_at": self.diverged_at,
             "curve": self.curve._asdict(),
         }
-        return arrays, values
+        return (self.params, self.opt_state), values
 
-    def restore(self, arrays: dict[str, jax.Array], values: dict[str, Any]) -> None:
+    def restore(self, arrays: Any, values: dict[str, Any]) -> None:
         """Take over what `save` returned."""
-        structure = jax.tree.structure((self.params, self.opt_state))
-        leaves = [arrays[key] for key in sorted(arrays)]
-        self.params, self.opt_state = jax.tree.unflatten(structure, leaves)
+        self.params, self.opt_state = arrays
         self.step, self.seconds = values["step"], values["seconds"]
         self.compile_seconds = values["compile_seconds"]
         self.update_seconds = values["update_seconds"]
