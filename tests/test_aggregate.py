@@ -16,13 +16,15 @@ from optlab.transforms.aggregate import _network, median_of_groups, rolling_medi
 
 SHAPES = {"cube": (2, 3, 4), "bias": (4,), "temperature": ()}
 PARAMS = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
-TOLERANCE = {"float32": 1e-6, "float64": 1e-14}
+# Absolute: a few roundings of gradients, whose tails reach 20.
+TOLERANCE = {"float32": 5e-6, "float64": 2e-14}
 
 
 def draw(n, seed=0):
     rng = np.random.default_rng(seed)
     # Student's t with two degrees of freedom: the tails that robust means are for.
-    return {name: rng.standard_t(2, size=(n, *shape)) for name, shape in SHAPES.items()}
+    single = {k: rng.standard_t(2, size=(n, *s)).astype("float32") for k, s in SHAPES.items()}
+    return {name: np.asarray(x, "float64") for name, x in single.items()}
 
 
 def update(tx, grads, dtype="float32"):
@@ -34,8 +36,7 @@ def update(tx, grads, dtype="float32"):
 def close(found, wanted, dtype="float32"):
     for name, want in wanted.items():
         assert found[name].dtype == dtype
-        bound = TOLERANCE[dtype] * max(1, np.abs(want).max())
-        np.testing.assert_allclose(found[name], want, rtol=0, atol=bound, err_msg=name)
+        np.testing.assert_allclose(found[name], want, rtol=0, atol=TOLERANCE[dtype], err_msg=name)
 
 
 @pytest.mark.parametrize("n", range(1, 18))
