@@ -190,9 +190,12 @@ def _solved(given: jax.Array, g: jax.Array, damping: ArrayLike) -> jax.Array:
 def _check_paths(name: str, updates: Any, grams: dict[str, Any]) -> None:
     """Refuse a Gram of no leaf; leaves masked or without a gradient are leaves."""
     flat, _ = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_leafwise.is_hole)
-    paths = [_layout.path_str(path) for path, _ in flat]
+    named = [(_layout.path_str(path), x) for path, x in flat]
+    paths = [path for path, _ in named]
+    # A hole may stand for a whole module.
+    masked = tuple(f"{path}/" for path, x in named if isinstance(x, optax.MaskedNode))
     for path in grams:
-        if path not in paths:
+        if path not in paths and not path.startswith(masked):
             near = difflib.get_close_matches(path, paths, 1) or paths[:3]
             raise ValueError(
                 f"{name}: input_gram has {path!r}, which is no leaf of the updates. "
