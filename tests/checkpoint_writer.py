@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint  # noqa: F401, imported once for all writers
 
-from optlab.state import checkpoint
+from optlab import checkpoint
 
 KEEP = 2
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from mesh_problem import mesh_of
 
 import optlab
-from optlab.state import checkpoint
+from optlab import checkpoint
 from optlab.state.checkpoint import CheckpointError
 
 BITS = np.arange(256, dtype=np.uint8)

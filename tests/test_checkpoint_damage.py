@@ -10,7 +10,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from optlab.state import checkpoint
+from optlab import checkpoint
 from optlab.state.checkpoint import CheckpointError
 from optlab.state.folders import SEAL, fingerprints
 from optlab.state.manifest import MANIFEST

@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 from checkpoint_writer import KEEP, step_of, tree_of
 
-from optlab.state import checkpoint, folders
+from optlab import checkpoint
+from optlab.state import folders
 
 KILLS = 50
 
 
 def complete(root):
     """Restore the last step, look at every entry of it, and return its number."""
+    for step in checkpoint.steps(root):
+        assert checkpoint.read(root, step=step).step == step
     found = checkpoint.read(root)
     number = found.values
     got, want = checkpoint.restore(root, tree_of(0)), tree_of(number)

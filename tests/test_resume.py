@@ -8,8 +8,7 @@ import optax
 import pytest
 
 import optlab
-from optlab import recipes
-from optlab.state import checkpoint
+from optlab import checkpoint, recipes
 from optlab.testing import random_like
 
 SHAPES = {"dense": {"bias": (16,), "kernel": (8, 16)}, "norm": {"scale": (8,)}}

@@ -2,7 +2,7 @@
 
 >>> import tempfile
 >>> import jax, jax.numpy as jnp, optax, optlab
->>> from optlab.state import checkpoint
+>>> from optlab import checkpoint
 >>> params = {"kernel": jnp.ones((8, 4))}
 >>> tx = optlab.lion(1e-3)
 >>> config = {"method": "lion", "learning_rate": 1e-3}
