@@ -50,11 +50,11 @@ def eval_params(state: Any, params: Any) -> Any:
         [0.5 0.5]
     """
     nodes = dict(walk.states(walk.unboxed(state)))
-    ours, treedef = jax.tree.flatten(params, is_leaf=_leafwise.is_hole)
-    names = _paths(params)
+    bare = walk.unboxed(params)
+    ours, names = jax.tree.leaves(bare, is_leaf=_leafwise.is_hole), _paths(bare)
     chosen: list[tuple[str, Any] | None] = [None] * len(ours)
     for path, node in nodes.items():
-        found = _leaves(node, nodes.get(path[:-1]), ours, names)
+        found = _leaves(node, nodes.get(path[:-1]), bare, names)
         place = f"{type(node).__name__} at '{'/'.join(path)}'"
         for i, x in enumerate(found):
             if not _leafwise.is_hole(x):
@@ -64,7 +64,7 @@ def eval_params(state: Any, params: Any) -> Any:
     if slow is not None:
         return slow
     leaves = [p if c is None else c[1].astype(p.dtype) for c, p in zip(chosen, ours, strict=True)]
-    return jax.tree.unflatten(treedef, leaves)
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=_leafwise.is_hole), leaves)
 
 
 def _paths(params: Any) -> list[str]:
@@ -72,37 +72,43 @@ def _paths(params: Any) -> list[str]:
     return [_layout.path_str(path) for path, _ in keyed]
 
 
-def _leaves(node: Any, outer: Any, ours: list[Any], names: list[str]) -> list[Any]:
+def _leaves(node: Any, outer: Any, params: Any, names: list[str]) -> list[Any]:
     """Return what one state says of every leaf: nothing, or holes, where it says nothing."""
     if isinstance(node, contrib.ScheduleFreeState):
         # An injected b1 may change, and has the parameters' widest dtype; the state's own does not.
         b1 = getattr(outer, "hyperparams", {}).get("b1", node.b1)
         b1 = jnp.asarray(b1, _leafwise.widen(jnp.result_type(b1)))
-        return [_extrapolated(*pair, b1) for pair in _pairs(node, "z", ours, names)]
+        return [_extrapolated(*pair, b1) for pair in _pairs(node, "z", params, names)]
     if isinstance(node, AverageParamsState):
         return [
             a if _leafwise.is_hole(a) else jnp.where(node.count > 0, a, p.astype(a.dtype))
-            for p, a in _pairs(node, "average", ours, names)
+            for p, a in _pairs(node, "average", params, names)
         ]
     return []
 
 
-def _pairs(node: Any, field: str, ours: list[Any], names: list[str]) -> list[tuple[Any, Any]]:
-    theirs = jax.tree.leaves(getattr(node, field), is_leaf=_leafwise.is_hole)
-    kind = type(node).__name__
-    if len(theirs) != len(ours):
+def _pairs(node: Any, field: str, params: Any, names: list[str]) -> list[tuple[Any, Any]]:
+    """Return the leaves of the parameters with what a field holds in their places, maybe holes."""
+    where = f"{type(node).__name__}.{field}"
+    held, treedef = jax.tree.flatten(getattr(node, field), is_leaf=_leafwise.is_hole)
+    try:
+        parts = treedef.flatten_up_to(params)
+    except ValueError as error:
         raise ValueError(
-            f"{NAME}: {kind}.{field} has {len(theirs)} leaves, params have {len(ours)}. "
+            f"{NAME}: {where} and params are different trees. "
             "Pass the whole tree of parameters that init was given."
-        )
-    for name, p, x in zip(names, ours, theirs, strict=True):
+        ) from error
+    leaves = lambda tree: jax.tree.leaves(tree, is_leaf=_leafwise.is_hole)  # noqa: E731
+    # One hole may stand for a subtree of leaves.
+    pairs = [(p, x) for x, part in zip(held, parts, strict=True) for p in leaves(part)]
+    for name, (p, x) in zip(names, pairs, strict=True):
         if not _leafwise.is_hole(x) and jnp.shape(x) != jnp.shape(p):
             raise ValueError(
-                f"{NAME}: leaf '{name}' has shape {jnp.shape(p)}, in {kind}.{field} "
-                f"{jnp.shape(x)}. Pass the very parameters that are trained; what runs inside a "
-                "change of space, such as in_low_rank, keeps none to evaluate with."
+                f"{NAME}: leaf '{name}' has shape {jnp.shape(p)}, in {where} {jnp.shape(x)}. "
+                "Pass the very parameters that are trained; what runs inside a change of space, "
+                "such as in_low_rank, keeps none to evaluate with."
             )
-    return list(zip(ours, theirs, strict=True))
+    return pairs
 
 
 def _extrapolated(y: jax.Array, z: Any, b1: jax.Array) -> Any:

@@ -10,6 +10,7 @@ import optax
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
 from optlab.state import walk
+from optlab.transforms.quantize import QuantizeState
 
 NAME = "reset_state"
 _SHARED = "shared"
@@ -85,7 +86,7 @@ def _resolved(mask: Any, params: Any) -> Any:
     if callable(mask):
         _checks.check_takes(NAME, "the mask", "params", mask)
         mask = mask(params)
-    is_array = lambda m: jnp.ndim(m) > 0 and m.dtype == bool  # noqa: E731
+    is_array = lambda m: _is_array(m) and m.dtype == bool  # noqa: E731
     whole = jax.tree.map(lambda m: True if is_array(m) else m, mask)
     resolved = _leafwise.resolve_mask(NAME, whole, params)
     if not any(map(is_array, jax.tree.leaves(mask))):
@@ -104,17 +105,51 @@ def _resolved(mask: Any, params: Any) -> Any:
 
 def _flags(tx: optax.GradientTransformation, state: Any, mask: Any) -> list[tuple[str, Any]]:
     """Return for every array of the state its place, and its mask or `_SHARED`."""
-    spread = lambda m, part: jax.tree.map(lambda _: m, part)  # noqa: E731
     flags = optax.tree.map_params(
         tx.init,
-        # A leaf's state may be a subtree, or a hole: the mask leads, not the state.
-        lambda tree, mask: jax.tree.map(spread, mask, tree),
+        lambda tree, mask: _spread(mask, tree),
         state,
         mask,
         transform_non_params=lambda part: jax.tree.map(_of_no_leaf, part),
         is_leaf=lambda _: True,
     )
-    return list(_places(flags))
+    return list(_places(_with_codes(flags)))
+
+
+def _spread(mask: Any, part: Any) -> Any:
+    """Return the mask as a tree like `part`.
+
+    The state of one leaf may be a subtree, and one hole may stand for a subtree of leaves.
+    """
+    if isinstance(part, optax.MaskedNode):
+        return part
+    masks, treedef = jax.tree.flatten(mask, is_leaf=lambda x: x is not mask)
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return jax.tree.map(lambda _: mask, part)
+    parts = treedef.flatten_up_to(part)
+    return treedef.unflatten(map(_spread, masks, parts))
+
+
+def _with_codes(flags: Any) -> Any:
+    """Let what `quantize_state` reads a leaf's codes with follow these codes.
+
+    Single entries are reset in the codes alone: a code of 0 reads as 0 at any scale.
+    """
+    is_coded = lambda x: isinstance(x, QuantizeState)  # noqa: E731
+
+    def one(node: Any) -> Any:
+        if not is_coded(node) or not isinstance(node.scales, dict):
+            return node
+        flat = jax.tree_util.tree_leaves_with_path(node.inner)
+        of = {_layout.path_str(path): False if _is_array(flag) else flag for path, flag in flat}
+        scales = {path: jax.tree.map(lambda _, f=of[path]: f, s) for path, s in node.scales.items()}
+        return node._replace(scales=scales)
+
+    return jax.tree.map(one, flags, is_leaf=is_coded)
+
+
+def _is_array(flag: Any) -> bool:
+    return jnp.ndim(flag) > 0
 
 
 def _of_no_leaf(x: Any) -> Any:
