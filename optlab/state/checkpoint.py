@@ -231,6 +231,8 @@ def _on_first(act: Callable[[], Any]) -> None:
     if jax.process_count() > 1:
         failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
         if failed and error is None:
-            raise CheckpointError("checkpoint: process 0 could not save, got an error there.")
+            raise CheckpointError(
+                "checkpoint: nothing was saved, got an error in process 0. Its output says which."
+            )
     if error is not None:
         raise error
