@@ -16,6 +16,9 @@ from optlab.linalg import rounding
 class CompensatedUpdatesState(NamedTuple):
     """State of `compensated_updates`."""
 
+    # Beside bfloat16, integers cost a TPU a second kernel and a copy: 24 bytes accessed per
+    # parameter (v5e, float32 updates), 12 for a bfloat16 rest. That one keeps 8 bits of what is
+    # left, and with them no step below 2^-18 to 2^-17 of the parameter.
     rest: optax.Params  # int16, in the parameter's shape: float32 numbers between it and its sum
     inner: optax.OptState
 

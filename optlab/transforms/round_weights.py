@@ -102,9 +102,9 @@ def round_weights(
     For every block of w + u, with scale = (max - min)/(2^bits - 1) and 0 in its range:
       q = floor(x) or floor(x) + 1, the latter with probability x - floor(x), x = (w + u)/scale,
     and the update is scale q - w. On average a step counts in full, however small it is beside the
-    scale; but for the two ends of a block, which may be cut by half a scale. The grid is made anew
-    in every step: where the ends of a block move, all of it is rounded again, and goes one way or
-    the other by a scale. That noise does not depend on the learning rate.
+    scale; but for the two ends of a block, which may be cut by half a scale. T steps of d scales
+    each, d < 1, leave a standard deviation of about sqrt(T d (1 - d)) scales around their sum. The
+    grid is made anew in every step: where the ends of a block move, all of it is rounded again.
 
     This trains as if codes were all that is stored, without storing them: the weights are still
     arrays, as a model, a loss or `optax.apply_updates` wants them. To save the memory hold codes
@@ -133,7 +133,7 @@ def round_weights(
       >>> import jax.numpy as jnp, optax, optlab
       >>> tx = optax.chain(optax.sgd(0.1), optlab.round_weights())
       >>> p = {"kernel": jnp.linspace(0.0, 255.0, 256)[None]}  # a scale of 1
-      >>> g = {"kernel": jnp.ones((1, 256)).at[0, -1].set(0)}
+      >>> g = {"kernel": jnp.ones((1, 256)).at[0, jnp.array([0, -1])].set(0)}
       >>> u, _ = tx.update(g, tx.init(p), p)
       >>> print(sorted(set(u["kernel"].ravel().tolist())))  # a tenth of them moves, by a whole one
       [-1.0, 0.0]
