@@ -145,18 +145,47 @@ def test_split_over_devices_each_draws_its_own_labels():
         _check(draws, _exact_gauss_newton("categorical", False))
 
 
-@pytest.mark.parametrize("checked", [True, False])
-def test_split_over_devices_hutchinson_is_the_whole_batch(checked):
+def _mapped(fn, how):
+    """Split the second and third argument over 8 devices."""
+    if how == "pmap":
+        cut = lambda x: x.reshape(8, -1, *x.shape[1:])  # noqa: E731
+        split = jax.pmap(fn, "batch", in_axes=(None, 0, 0, None), devices=jax.devices()[:8])
+        whole = lambda *a: split(a[0], cut(a[1]), cut(a[2]), a[3])  # noqa: E731
+        return lambda *a: jax.tree.map(lambda x: x[5], whole(*a))
+    mesh, specs = mesh_of(AxisType.Auto, (8,), ("batch",)), (P(), P("batch"), P("batch"), P())
+    checked = how == "checked"
+    return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=checked))
+
+
+@pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
+@pytest.mark.parametrize("how", ["checked", "unchecked", "pmap"])
+def test_split_over_devices_hutchinson_is_the_whole_batch(how):
     def part(params, x, labels, key):
         mean = lambda p: loss(p, x, labels)  # noqa: E731
         return hutchinson_diagonal(mean, axis_name="batch")(params, key)
 
-    mesh, key = mesh_of(AxisType.Auto, (8,), ("batch",)), jax.random.key(1)
-    specs = (P(), P("batch"), P("batch"), P())
-    mapped = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=checked)
-    got = jax.jit(mapped)(PARAMS, X, LABELS, key)
+    key = jax.random.key(1)
+    got = _mapped(part, how)(PARAMS, X, LABELS, key)
     want = hutchinson_diagonal(loss)(PARAMS, key)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
+
+
+@pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
+@pytest.mark.parametrize("how", ["checked", "unchecked", "pmap"])
+def test_split_over_devices_gauss_newton_is_summed_once(how):
+    # Of one weight, whose estimate at the seen labels' residuals can be written down.
+    def part(p, x, weights, key):
+        estimate = gauss_newton_diagonal(
+            lambda p: x[:, :1] * p[None], likelihood="normal", weights=weights, axis_name="batch"
+        )
+        return estimate(p, key)
+
+    key, p = jax.random.key(1), jnp.ones(1)
+    draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), (1, 1))[0, 0]  # noqa: E731
+    residual = np.array([draw(i) for i in range(8)]) * np.sqrt(WEIGHTS)
+    g = np.sum(residual * X[:, 0]) / np.sum(WEIGHTS)
+    got = _mapped(part, how)(p, X, WEIGHTS, key)
+    np.testing.assert_allclose(got, [np.sum(WEIGHTS) * g**2], rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
