@@ -95,7 +95,8 @@ def spam(
         b1, b2, eps, threshold=threshold, grace=grace, official=official, mu_dtype=mu_dtype
     )
     moments = reset_moments(moments, every, warmup=warmup, restart_counts=restart_counts)
-    rate, decay = optax.scale_by_learning_rate(learning_rate), (weight_decay, weight_decay_mask)
+    rate = optax.scale_by_learning_rate(learning_rate)
+    decay: Any = (weight_decay, weight_decay_mask)
     if official:
         return optax.chain(moments, rate, decay_after_update(learning_rate, *decay))
     return optax.chain(moments, add_decay("spam", *decay), rate)

@@ -21,12 +21,12 @@ class ResetMomentsState(NamedTuple):
 
     age: jax.Array  # int32, (): updates since the last reset, which has 0; from 0 at the start
     resets: jax.Array  # int32, (): resets so far
-    factor: jax.Array  # float32, (): what the last updates were multiplied with
+    damped: jax.Array  # float32, (): share that the warm-up took off the last updates
     inner: optax.OptState
 
     def metrics(self) -> dict[str, jax.Array]:
         """Return the resets so far, and how warm the last step was."""
-        return {"resets": self.resets, "rewarm": self.factor}
+        return {"resets": self.resets, "rewarm": 1 - self.damped}
 
 
 def rewarm(age: jax.Array, warmup: int, least: ArrayLike) -> jax.Array:
@@ -34,7 +34,7 @@ def rewarm(age: jax.Array, warmup: int, least: ArrayLike) -> jax.Array:
 
     1 - (1 - least)(1 + cos(pi age/(warmup + 1)))/2, a cosine that would be 1 at warmup + 1.
     """
-    wave = jnp.cos(jnp.pi * age.astype(jnp.float32) / (warmup + 1))
+    wave = jnp.cos(jnp.pi * age.astype(jnp.result_type(float)) / (warmup + 1))
     return jnp.where(age < warmup, 1 - (1 - jnp.asarray(least)) * (1 + wave) / 2, 1.0)
 
 
@@ -78,7 +78,7 @@ def reset_moments(
       A wrapper with `inner`'s output, damped after resets.
 
     State:
-      age, resets, factor: 12 bytes; inner: `inner`'s.
+      age, resets, damped: 12 bytes; inner: `inner`'s.
 
     Raises:
       ValueError: at init, if no state of `inner` has one of the fields.
@@ -111,7 +111,7 @@ def reset_moments(
         state = inner.init(params)
         _check_found(name, state, moments)
         zero = jnp.zeros([], jnp.int32)
-        return ResetMomentsState(zero, zero.copy(), jnp.ones([], jnp.float32), state)
+        return ResetMomentsState(zero, zero.copy(), jnp.zeros([], jnp.float32), state)
 
     def update(updates, state, params=None, **extra_args):
         age = _leafwise.increment(state.age)
@@ -125,11 +125,11 @@ def reset_moments(
         new, after = inner.update(updates, before, params, **extra_args)
         if late:
             after = _set_back(after, _one_counted(fresh), due, moments, moments)
-        factor = jnp.ones([], jnp.float32)
+        factor = jnp.ones([])
         if warmup:
             factor = jnp.where(resets > 0, rewarm(age, warmup, least), factor)
             new = _leafwise.scale_leaves(name, new, factor)
-        return new, ResetMomentsState(age, resets, factor.astype(jnp.float32), after)
+        return new, ResetMomentsState(age, resets, (1 - factor).astype(jnp.float32), after)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -53,9 +53,9 @@ def scale_by_spam(
       b2: rate of the second moment, in [0, 1).
       eps: added to the root, >= 0.
       threshold: ratio of a squared entry to its average that makes it a spike, > 0.
-      grace: updates after a reset of the moments within which nothing finite is clipped, and one
-        less at the start, >= 0. (static)
-      official: add eps to sqrt(nu) before the bias correction, as the authors' code does. (static)
+      grace: updates from zero moments on within which nothing finite is clipped, >= 0. (static)
+      official: add eps to sqrt(nu) before the bias correction, as the authors' code does, and take
+        one off the grace at the start. (static)
       mu_dtype: dtype of mu; None for the parameter's. (static)
 
     Returns:
@@ -93,8 +93,8 @@ def scale_by_spam(
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         count, age = _leafwise.increment(state.count), _leafwise.increment(state.age)
-        # The released code counts t mod T: from 1 at the start, from 0 after a reset.
-        active = age - (age < count) >= grace
+        # The released code compares t mod T: 1 at the start, 0 right after a reset.
+        active = age - (age < count) >= grace if official else age > grace
         over_c1, over_c2 = debias(b1, count), debias(b2, count)
         in_root, in_front = (1.0, over_c1 / jnp.sqrt(over_c2)) if official else (over_c2, over_c1)
         clipped = []
