@@ -91,7 +91,7 @@ def gauss_newton_diagonal(
     Example:
       >>> import jax, jax.numpy as jnp, optlab
       >>> x = jnp.array([[1.0, 2.0]])
-      >>> estimate = optlab.gauss_newton_diagonal(lambda p: x * p, likelihood="bernoulli")
+      >>> estimate = optlab.gauss_newton_diagonal(lambda p: x * p[None], likelihood="bernoulli")
       >>> print(estimate(jnp.zeros(2), jax.random.key(0)))
       [0.25 1.  ]
 
