@@ -27,8 +27,9 @@ BITS = (16, 8, 4)
 HEADINGS = ("optimizer", "GB", "GiB", "bytes/param", *(f"{bits}-bit GB" for bits in BITS))
 BASIS = (
     "State bytes of whole arrays, not per device; GB = 10^9 bytes, GiB = 2^30. Gradients, weights "
-    "and activations are not in them. 16-bit, 8-bit, 4-bit: predicted, if every float array of "
-    "state with at least 4096 elements were stored so; 8 and 4 with a float32 scale for each 256."
+    "and activations are not in them. 16-bit: if every float array of state with at least 4096 "
+    "elements were bfloat16. 8-bit, 4-bit: with optlab.quantize_state around it, which keeps its "
+    "large moments as int8 or int4 and a float32 scale for each 128."
 )
 _SHOWN = 0.005  # share of the state from which on a field is named
 

@@ -43,6 +43,7 @@ class Codec:
                 f"codecs: block must be a whole number >= 1, got {self.block!r}. Write block=128."
             )
 
+    @functools.partial(jax.jit, static_argnames=("self", "signed"))
     def encode(
         self, x: jax.Array, *, signed: bool = True, uniform: jax.Array | None = None
     ) -> Coded:
@@ -60,6 +61,7 @@ class Codec:
         shape = (*x.shape[:-1], codes.shape[-1] * count[-1]) if self.even else x.shape
         return Coded(blocks.untiled(codes, shape), tuple(s.reshape(count) for s in scales))
 
+    @functools.partial(jax.jit, static_argnames=("self", "length", "signed"))
     def decode(self, coded: Coded, length: int, *, signed: bool = True) -> jax.Array:
         """Return the array in float32; `length` is that of its last axis."""
         shape = (*coded.codes.shape[:-1], length)
@@ -83,7 +85,8 @@ def _over_tiles(reduce, x: jax.Array) -> jax.Array:
 def _relative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return x over the largest magnitude of its block, and that magnitude."""
     largest = _over_tiles(jnp.max, jnp.abs(x))
-    return x / jnp.where(largest > 0, largest, 1), largest
+    # One division per block: to divide every entry costs XLA on CPU as much again.
+    return x * (1 / jnp.where(largest > 0, largest, 1)), largest
 
 
 def _rounded(x: jax.Array, uniform: jax.Array | None) -> jax.Array:

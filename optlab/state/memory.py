@@ -1,6 +1,5 @@
 """Bytes of optimizer state from shapes: `tx.init` is traced, nothing is computed or allocated."""
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -8,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-_SCALE_BYTES = {16: 0, 8: 4, 4: 4}  # one float32 per block; bfloat16 has an exponent of its own
+from optlab.linalg import codecs
+from optlab.transforms.quantize import quantize_state
 
 
 class StateField(NamedTuple):
@@ -77,24 +77,21 @@ def compressed_bytes(
     tx: optax.GradientTransformation,
     params: Any,
     bits: int,
-    block: int = 256,
+    block: int = 128,
     min_size: int = 4096,
 ) -> int:
-    """Predict the bytes of state if its large float arrays were stored in few bits per number.
+    """Count the bytes of state if its large moments were kept in few bits per number, exactly.
 
-    Each float array of at least `min_size` elements would take `bits` for each of them and, at 8
-    and 4, one float32 scale for each `block` of the flattened array, the last of which may be
-    short. 16 bits are bfloat16 throughout, as papers count that train in it. Small arrays, integers
-    (counts, bases already packed) and keys stay as they are, and so does an array that would not
-    become smaller. A prediction from shapes: `quantize_state`, the wrapper that is to store state
-    in 8 and 4 bits, is not part of optlab yet.
+    At 8 and 4 bits those of `quantize_state` with `codecs.int8` or `codecs.int4`: of its scales
+    too, and of the fields it knows as moments, the others as they are. At 16 bits every float array
+    of at least `min_size` entries is bfloat16, as papers count that train in it.
 
     Args:
         tx: an optax transformation.
         params: any tree of arrays or `jax.ShapeDtypeStruct`s.
-        bits: 16, 8 or 4; two numbers of 4 bits share a byte.
-        block: elements that share a scale.
-        min_size: elements from which on an array is compressed.
+        bits: 16, 8 or 4.
+        block: entries that share a scale, at 8 and 4 bits.
+        min_size: entries from which on an array is compressed.
 
     Returns:
         The bytes, as an int.
@@ -107,20 +104,22 @@ def compressed_bytes(
         >>> from optlab.state.memory import compressed_bytes
         >>> params = {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")}
         >>> compressed_bytes(optax.adam(1e-3), params, bits=8) / 4096**2  # 8 bytes uncompressed
-        2.031250238418579
+        2.0625004768371582
     """
-    if bits not in _SCALE_BYTES:
+    if bits not in (16, 8, 4):
         raise ValueError(f"compressed_bytes: bits must be 16, 8 or 4, got {bits!r}. Write bits=8.")
     if block < 1:
-        raise ValueError(f"compressed_bytes: block must be >= 1, got {block}. Write block=256.")
+        raise ValueError(f"compressed_bytes: block must be >= 1, got {block}. Write block=128.")
+    if bits == 16:
+        return sum(_in_bfloat16(leaf, min_size) for leaf in _leaves(tx, params))
+    codec = codecs.int8(block=block) if bits == 8 else codecs.int4(block=block)
+    return state_bytes(quantize_state(tx, codec, min_size=min_size), params)
 
-    def stored(leaf: Any) -> int:
-        if leaf.size < min_size or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return _nbytes(leaf)
-        scales = _SCALE_BYTES[bits] * math.ceil(leaf.size / block)
-        return min(math.ceil(leaf.size * bits / 8) + scales, _nbytes(leaf))
 
-    return sum(stored(leaf) for leaf in _leaves(tx, params))
+def _in_bfloat16(leaf: Any, min_size: int) -> int:
+    if leaf.size < min_size or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return _nbytes(leaf)
+    return min(2 * leaf.size, _nbytes(leaf))
 
 
 def _leaves(tx: optax.GradientTransformation, params: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from jax.tree_util import GetAttrKey
 
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
-from optlab.linalg.codecs import Coded, Codec
+from optlab.linalg.codecs import Codec, Coded
 from optlab.transforms.projection import partitioned
 
 FIRST_MOMENTS = ("mu", "trace", "ema", "momentum", "exp_avg", "m1", "m2")
