@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checkpoint_trees import assert_same, patterns, raw
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,9 +18,7 @@ from mesh_problem import mesh_of
 
 import optlab
 from optlab import checkpoint
-from optlab.state.checkpoint import CheckpointError
 
-BITS = np.arange(256, dtype=np.uint8)
 STORED = (
     "bool", "int8", "int16", "int32", "uint8", "uint16", "uint32", "int4", "int2",
     "float32", "float16", "bfloat16", "complex64", "float8_e4m3fn", "float8_e5m2",
@@ -29,34 +28,9 @@ STORED = (
 NOT_STORED = ("uint4", "uint2", "float8_e4m3")
 
 
-def raw(leaf):
-    """The bytes of a leaf, typed keys among them."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return np.asarray(leaf).tobytes()
-
-
-def assert_same(got, want):
-    """Structure, dtypes, shapes and bits are equal."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert (a.dtype, a.shape, raw(a)) == (b.dtype, b.shape, raw(b))
-        assert isinstance(a, np.ndarray) == isinstance(b, np.ndarray)
-
-
 def trip(path, tree, like=None):
     checkpoint.save(path, tree, step=1)
     return checkpoint.restore(path, tree if like is None else like)
-
-
-def patterns(dtype):
-    """An array of a dtype that goes through all its bit patterns of one byte, nans among them."""
-    dtype = jnp.dtype(dtype)
-    if dtype.itemsize > 1 or dtype.name.startswith("float8"):
-        return jnp.asarray(BITS.view(dtype))
-    if dtype.kind == "b":
-        return jnp.asarray(BITS % 2 == 1)
-    return jnp.asarray((BITS % 16).view(np.int8)).astype(dtype)
 
 
 def test_every_dtype_comes_back_bit_for_bit(tmp_path):
@@ -68,7 +42,9 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("dtype", NOT_STORED)
 def test_a_dtype_that_orbax_cannot_store_is_refused_by_name(dtype, tmp_path):
-    with pytest.raises(CheckpointError, match=f"leaf 'a/b' .* dtype {dtype}. Save array.astype"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match=f"leaf 'a/b' .* dtype {dtype}. Save array.astype"
+    ):
         checkpoint.save(tmp_path, {"a": {"b": jnp.zeros(3, dtype)}}, step=1)
     assert not list(tmp_path.iterdir())
 
@@ -151,7 +127,7 @@ UNSAVABLE = {
 @pytest.mark.parametrize("kind", UNSAVABLE)
 def test_what_would_not_come_back_is_refused(kind, tmp_path):
     tree, says = UNSAVABLE[kind]
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(checkpoint.CheckpointError, match=says):
         checkpoint.save(tmp_path, tree, step=1)
     assert not list(tmp_path.iterdir())
 
@@ -159,9 +135,13 @@ def test_what_would_not_come_back_is_refused(kind, tmp_path):
 def test_what_has_no_values_any_more_or_yet_is_refused(tmp_path):
     donated = jnp.ones(3)
     donated.delete()
-    with pytest.raises(CheckpointError, match=r"leaf 'a' .* was donated. Save what the step"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"leaf 'a' .* was donated. Save what the step"
+    ):
         checkpoint.save(tmp_path, {"a": donated}, step=1)
-    with pytest.raises(CheckpointError, match=r"leaf 'a' .* has no values. .* outside of jax.jit"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"leaf 'a' .* has no values. .* outside of jax.jit"
+    ):
         jax.jit(lambda x: checkpoint.save(tmp_path, {"a": x}, step=1))(jnp.ones(3))
 
 
@@ -178,13 +158,13 @@ BAD_ARGUMENTS = {
 @pytest.mark.parametrize("kind", BAD_ARGUMENTS)
 def test_bad_arguments_are_refused_before_anything_is_written(kind, tmp_path):
     arguments, says = BAD_ARGUMENTS[kind]
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(checkpoint.CheckpointError, match=says):
         checkpoint.save(tmp_path, {"a": jnp.ones(1)}, **arguments)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_object_store_is_refused():
-    with pytest.raises(CheckpointError, match="got 'gs://bucket/run'"):
+    with pytest.raises(checkpoint.CheckpointError, match="got 'gs://bucket/run'"):
         checkpoint.save("gs://bucket/run", {}, step=1)
 
 
@@ -211,7 +191,9 @@ def test_the_last_step_is_restored_unless_another_is_asked_for(tmp_path):
     assert checkpoint.steps(tmp_path) == [2, 10, 300]
     assert_same(checkpoint.restore(tmp_path, value_of(0)), value_of(300))
     assert_same(checkpoint.restore(tmp_path, value_of(0), step=10), value_of(10))
-    with pytest.raises(CheckpointError, match=r"step 3 is not in .*, got steps \[2, 10, 300\]"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"step 3 is not in .*, got steps \[2, 10, 300\]"
+    ):
         checkpoint.restore(tmp_path, value_of(0), step=3)
 
 
@@ -229,7 +211,9 @@ def test_an_earlier_step_is_refused_and_the_last_is_replaced_if_asked(tmp_path):
     checkpoint.save(tmp_path, value_of(4), step=4)
     checkpoint.save(tmp_path, value_of(5), step=5)
     for step, overwrite in ((5, False), (4, True), (3, False)):
-        with pytest.raises(CheckpointError, match=f"above the last one saved, 5, got {step}"):
+        with pytest.raises(
+            checkpoint.CheckpointError, match=f"above the last one saved, 5, got {step}"
+        ):
             checkpoint.save(tmp_path, value_of(9), step=step, overwrite=overwrite)
     checkpoint.save(tmp_path, value_of(9), step=5, overwrite=True)
     assert checkpoint.steps(tmp_path) == [4, 5]
@@ -296,77 +280,11 @@ def test_what_jax_may_move_may_be_moved_after_a_restore(tmp_path):
         assert moved.sharding.num_devices == 8
 
 
-# Migrations.
-
-
-def rename(leaves, config):
-    return {"new": leaves["old"], "key": leaves["key"]}, {"b1": config["beta"]}
-
-
-def halve(leaves, config):
-    return {**leaves, "new": leaves["new"].astype(jnp.bfloat16)}, config
-
-
-@pytest.fixture
-def old(tmp_path):
-    """A checkpoint of version 1."""
-    tree = {"old": jnp.arange(6.0).reshape(2, 3), "key": jax.random.key(5)}
-    checkpoint.save(tmp_path, tree, step=1, config={"beta": 0.9})
-    return tmp_path
-
-
-NOW = {"new": jnp.zeros((2, 3), jnp.bfloat16), "key": jax.random.key(0)}
-
-
-def test_migrations_run_one_after_the_other(old):
-    got = checkpoint.restore(
-        old, NOW, config={"b1": 0.9}, version=3, migrations={1: rename, 2: halve, 0: None}
-    )
-    want = {"new": jnp.arange(6.0).reshape(2, 3).astype(jnp.bfloat16), "key": jax.random.key(5)}
-    assert_same(got, want)
-    assert not got["new"].committed
-
-
-def test_migrated_arrays_go_where_like_is(old):
-    sharding = NamedSharding(mesh_of(AxisType.Auto), P("model"))
-    like = {**NOW, "new": jax.device_put(NOW["new"], sharding)}
-    got = checkpoint.restore(old, like, version=3, migrations={1: rename, 2: halve})
-    assert got["new"].sharding.is_equivalent_to(sharding, 2)
-
-
-def test_migrations_keep_what_jax_has_no_dtype_for(tmp_path):
-    tree = {"a": np.linspace(0, 1, 5), "b": patterns("int4"), "c": patterns("float8_e5m2")}
-    checkpoint.save(tmp_path, tree, step=1)
-    same = {1: lambda leaves, config: (leaves, config)}
-    assert_same(checkpoint.restore(tmp_path, tree, version=2, migrations=same), tree)
-
-
-BAD_MIGRATIONS = {
-    "none": ({"version": 3}, r"version .* asked for, 3, got 1. .* for each of \[1, 2\]"),
-    "a gap": ({"version": 3, "migrations": {1: rename}}, r"for each of \[2\]"),
-    "backwards": ({"version": 0}, r"asked for, 0, got 1. Pass version=1\.$"),
-    "too few": (
-        {"version": 2, "migrations": {1: rename}},
-        r"(?s)got 1 differences.*new: float32\[2, 3\] in the checkpoint, bfloat16\[2, 3\] here",
-    ),
-    "config": (
-        {"version": 3, "migrations": {1: rename, 2: halve}, "config": {"beta": 0.9}},
-        r"(?s)config.b1: 0.9 in the checkpoint, nothing here.*config.beta: nothing in",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_MIGRATIONS)
-def test_a_migration_that_does_not_arrive_is_refused(kind, old):
-    arguments, says = BAD_MIGRATIONS[kind]
-    with pytest.raises(CheckpointError, match=says):
-        checkpoint.restore(old, NOW, **arguments)
-
-
-def test_the_manifest_can_be_read_without_this_library(old):
-    record = json.loads((old / "1" / "manifest.json").read_text())
+def test_the_manifest_can_be_read_without_this_library(tmp_path):
+    checkpoint.save(tmp_path, {"a": jnp.ones((2, 3))}, step=1)
+    record = json.loads((tmp_path / "1" / "manifest.json").read_text())
     assert record["format"] == 1
-    assert record["leaves"][1][:3] == ["old", "float32", [2, 3]]
+    assert record["leaves"] == [["a", "float32", [2, 3], "SingleDeviceSharding"]]
     assert set(record["packages"]) == {"optlab", "jax", "optax", "orbax-checkpoint"}
     assert len(record["config_sha256"]) == 64
 

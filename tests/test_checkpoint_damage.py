@@ -11,7 +11,6 @@ import orbax.checkpoint as ocp
 import pytest
 
 from optlab import checkpoint
-from optlab.state.checkpoint import CheckpointError
 from optlab.state.folders import SEAL, fingerprints
 from optlab.state.manifest import MANIFEST
 
@@ -219,7 +218,7 @@ def test_a_damaged_checkpoint_is_refused(kind, saved):
     damage, says = DAMAGES[kind]
     checkpoint.restore(saved, LIKE, config=CONFIG)
     damage(saved / "3")
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(checkpoint.CheckpointError, match=says):
         checkpoint.restore(saved, LIKE, config=CONFIG)
 
 
@@ -231,7 +230,7 @@ def test_each_file_counts(harm, saved):
         content = path.read_bytes()
         harm(path)
         for act in (checkpoint.read, lambda root: checkpoint.restore(root, LIKE)):
-            with pytest.raises(CheckpointError):
+            with pytest.raises(checkpoint.CheckpointError):
                 act(saved)
         path.write_bytes(content)
     checkpoint.restore(saved, LIKE)
@@ -240,7 +239,7 @@ def test_each_file_counts(harm, saved):
 def test_a_damaged_step_names_the_others(saved):
     checkpoint.save(saved, LIKE, step=5)
     flip(biggest(saved / "5"))
-    with pytest.raises(CheckpointError, match=r"Restore another step, there are \[3\]"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"Restore another step, there are \[3\]"):
         checkpoint.restore(saved, LIKE)
     checkpoint.restore(saved, LIKE, step=3)
 
@@ -293,7 +292,7 @@ OTHERS = {
 @pytest.mark.parametrize("kind", OTHERS)
 def test_another_tree_is_refused_with_what_differs(kind, whole):
     like, says = OTHERS[kind]
-    with pytest.raises(CheckpointError, match=says) as refused:
+    with pytest.raises(checkpoint.CheckpointError, match=says) as refused:
         checkpoint.restore(whole, like, config=CONFIG)
     assert "Build `like` by the model and the optimizer" in str(refused.value)
     assert refused.value.differences
@@ -319,7 +318,7 @@ CONFIGS = {
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_another_config_is_refused_key_by_key(kind, whole):
     config, differences = CONFIGS[kind]
-    with pytest.raises(CheckpointError, match="saved with another config") as refused:
+    with pytest.raises(checkpoint.CheckpointError, match="saved with another config") as refused:
         checkpoint.restore(whole, LIKE, config=config)
     assert list(refused.value.differences) == differences
     checkpoint.restore(whole, LIKE)
@@ -327,10 +326,14 @@ def test_another_config_is_refused_key_by_key(kind, whole):
 
 def test_a_config_where_none_was_saved_is_refused(tmp_path):
     checkpoint.save(tmp_path, LIKE, step=0)
-    with pytest.raises(CheckpointError, match="config: null in the checkpoint, nothing here"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match="config: null in the checkpoint, nothing here"
+    ):
         checkpoint.restore(tmp_path, LIKE, config={"lr": 0.1})
 
 
 def test_what_is_no_array_in_like_is_refused_by_name(whole):
-    with pytest.raises(CheckpointError, match="leaf 'params/b' must be an array, got a float"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match="leaf 'params/b' must be an array, got a float"
+    ):
         checkpoint.restore(whole, LIKE | {"params": PARAMS | {"b": 1.0}})

@@ -128,7 +128,8 @@ def restore(
             keys: to jax arrays), whole ones, so this is for one process.
 
     Returns:
-        The saved tree, every bit of it; a leaf that is a NumPy array in `like` is one here.
+        The saved tree, every bit of it; a leaf that is a NumPy array in `like` is one here. Only
+        weak types, those of arrays made from Python numbers, come back as strong ones.
 
     Raises:
         CheckpointError: no such step, any changed byte, another tree, config or version. Its
