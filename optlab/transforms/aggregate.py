@@ -172,7 +172,8 @@ def median_of_groups(num_groups: int = 3) -> optax.GradientTransformationExtraAr
                 f"{name}: leaf '{path}' has {len(u)} gradients along its first axis, a multiple "
                 f"of num_groups={num_groups} is needed. Drop or add examples."
             )
-        return _median(jnp.mean(u.reshape(num_groups, -1, *u.shape[1:]), axis=1))
+        groups = u.reshape(num_groups, len(u) // num_groups, *u.shape[1:])
+        return _median(jnp.mean(groups, axis=1))
 
     return _over_axis(name, 0, leaf)
 
