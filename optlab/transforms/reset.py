@@ -118,8 +118,9 @@ def reset_moments(
         due = age >= every
         age = jnp.where(due, 0, age)
         resets = jnp.where(due, _leafwise.increment(state.resets), state.resets)
-        # XLA drops all of this but what becomes of the moments: constants, mostly.
-        fresh = inner.init(updates if params is None else params)
+        # XLA drops all of this but what becomes of the moments. Zeros for parameters, whose own
+        # values would be read once more for it: 8 bytes per parameter around `scale_by_moments`.
+        fresh = inner.init(jax.tree.map(jnp.zeros_like, updates if params is None else params))
         early = counts if late else moments | counts
         before = _set_back(state.inner, fresh, due, moments, early)
         new, after = inner.update(updates, before, params, **extra_args)

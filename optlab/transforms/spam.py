@@ -101,13 +101,14 @@ def scale_by_spam(
 
         def leaf(path, g, mu, nu, p):
             del path, p
-            # Two roots: the threshold's product with nu may overflow where nu does not.
-            level = jnp.sqrt(threshold) * jnp.sqrt(nu)
-            sign = jnp.where(jnp.isnan(g), 0, jnp.sign(g))
             spike = exceeds(g * g, nu, threshold) & (active | ~finite_square(g))
             clipped.append(jnp.sum(spike, dtype=jnp.int32))
-            g = jnp.where(spike, sign * level, g)
-            mu, nu = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * (g * g)
+            # The product may overflow where nu does not. The root for mu alone: a clipped g that
+            # both moments read would be stored, 108 bytes per parameter on CPU, not 68.
+            level = jnp.minimum(threshold * nu, jnp.finfo(nu.dtype).max)
+            sign = jnp.where(jnp.isnan(g), 0, jnp.sign(g))
+            mu = b1 * mu + (1 - b1) * jnp.where(spike, sign * jnp.sqrt(level), g)
+            nu = b2 * nu + (1 - b2) * jnp.where(spike, sign * sign * level, g * g)
             return in_front * mu / (jnp.sqrt(in_root * nu) + eps), mu, nu
 
         new, mu, nu = _leafwise.leafwise(name, leaf, updates, (state.mu, state.nu))
