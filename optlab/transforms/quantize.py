@@ -1,6 +1,7 @@
 """Keep the state of any transformation in few bits."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
@@ -8,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 from jax.tree_util import GetAttrKey
@@ -221,13 +221,13 @@ def _encoded(
         if path not in scales:
             return leaf
         how = scales[path]
-        draw = None if key is None else jax.random.fold_in(key, places[path])
+        draw = () if key is None else (jax.random.fold_in(key, places[path]),)
 
-        def encode(x):
-            uniform = None if draw is None else jax.random.uniform(draw, x.shape)
+        def encode(x, *draw):
+            uniform = jax.random.uniform(*draw, x.shape) if draw else None
             return how.codec.encode(x, signed=how.signed, uniform=uniform)
 
-        coded = partitioned(encode, _coded_specs(encode, leaf), leaf)
+        coded = partitioned(encode, _coded_specs(how.codec, leaf), leaf, *draw)
         new[path] = dataclasses.replace(how, arrays=coded.scales)
         return coded.codes
 
@@ -238,23 +238,18 @@ def _spec(x: Any) -> PartitionSpec:
     return jax.typeof(x).sharding.spec
 
 
-def _coded_specs(encode: Any, x: jax.Array) -> Coded:
+def _coded_specs(codec: Codec, x: jax.Array) -> Coded:
     """Return where codes and scales lie: as the leaf, along the axes that the devices divide."""
     sharding = jax.typeof(x).sharding
     axes = (*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
 
-    def like(shape):
-        sizes = (_devices(sharding.mesh, axis) for axis in axes)
-        kept = (
-            axis if n % size == 0 else None
-            for axis, n, size in zip(axes, shape.shape, sizes, strict=True)
-        )
-        return PartitionSpec(*kept)
+    def like(coded):
+        fits = (n % _devices(sharding.mesh, a) == 0 for n, a in zip(coded.shape, axes, strict=True))
+        return PartitionSpec(*(a if fit else None for a, fit in zip(axes, fits, strict=True)))
 
-    plain = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return jax.tree.map(like, jax.eval_shape(encode, plain))
+    return jax.tree.map(like, jax.eval_shape(codec.encode, jax.ShapeDtypeStruct(x.shape, x.dtype)))
 
 
 def _devices(mesh: Any, axis: Any) -> int:
     names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
-    return int(np.prod([mesh.shape[name] for name in names], dtype=np.int64))
+    return math.prod(mesh.shape[name] for name in names)
