@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from mesh_problem import mesh_of
@@ -383,3 +384,27 @@ def test_wrong_calls_are_refused_with_the_fix():
         tx.update(pair[0], state)
     with pytest.raises(ValueError, match=r"leaf 'a' has shape \(3,\)"):
         tx.update(pair[1], state, pair[0])
+
+
+def test_flax_models_in_bfloat16_take_the_steps_of_float32():
+    class Model(nnx.Module):
+        def __init__(self, dtype):
+            self.dense = nnx.Linear(8, 4, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+
+    half, whole = Model(BFLOAT16), Model(FLOAT32)
+    nnx.update(whole, wide(nnx.state(half)))
+    start = whole.dense.kernel[...]
+    optimizers = [
+        nnx.Optimizer(half, compensated_updates(optax.MultiSteps(ADAM, 2)), wrt=nnx.Param),
+        nnx.Optimizer(whole, optax.MultiSteps(ADAM, 2), wrt=nnx.Param),
+    ]
+    update = nnx.jit(lambda optimizer, model, grads: optimizer.update(model, grads))
+    for t in range(6):
+        grads = jax.tree.map(lambda x, t=t: normal(x.shape, t), nnx.state(whole))
+        for optimizer, model in zip(optimizers, (half, whole), strict=True):
+            update(optimizer, model, grads)
+    found, x = (model.dense.kernel[...] for model in (half, whole))
+    assert found.dtype == BFLOAT16
+    gap = np.maximum(spacing(x), spacing(wide(found)))
+    assert np.all(np.abs(wide(found) - x) <= gap / 2 * (1 + 1e-3))
+    assert np.abs(x - start).max() > 1e-3

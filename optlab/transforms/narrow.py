@@ -20,7 +20,7 @@ class CompensatedUpdatesState(NamedTuple):
     # parameter (v5e, float32 updates), 12 for a bfloat16 rest. That one keeps 8 bits of what is
     # left, and with them no step below 2^-18 to 2^-17 of the parameter.
     rest: optax.Params  # int16, in the parameter's shape: float32 numbers between it and its sum
-    inner: optax.OptState
+    inner: optax.OptState  # for float32 parameters
 
 
 def random_bits(key: jax.Array, index: int, like: jax.Array) -> jax.Array:
