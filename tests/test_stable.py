@@ -237,6 +237,25 @@ def test_without_moments_it_says_what_there_is():
         spam(0.1, every=0)
 
 
+@pytest.mark.parametrize("inner", [optax.scale_by_adam(), scale_by_spam()])
+@pytest.mark.parametrize("other", [{"kernel": SMALL["kernel"]}, SMALL | {"bias": jnp.ones(1)}])
+@pytest.mark.parametrize("given", ["params", "updates"])
+def test_another_tree_is_refused(inner, other, given):
+    tx = reset_moments(inner, 3)
+    state = tx.init(SMALL)
+    calls = {"params": lambda: tx.update(SMALL, state, other)}
+    calls["updates"] = lambda: tx.update(other, state)
+    what = {"params": "parameters", "updates": "updates"}[given]
+    with pytest.raises(ValueError, match=f"reset_moments: the {what} are another.*very param"):
+        calls[given]()
+
+
+def test_each_rate_is_refused_by_its_own_name():
+    for name in ("b1", "max_decay", "norm_decay", "square_decay"):
+        with pytest.raises(ValueError, match=rf"stable_spam: {name} must be a number in \[0, 1\)"):
+            stable_spam(0.1, **{name: 1.0})
+
+
 def test_spam_is_adam_with_resets_where_nothing_is_a_spike():
     given = {"threshold": 1e30, "every": 3, "warmup": 2, "eps": 1e-3}
     adam = optax.adam(RATE, eps=1e-3)

@@ -183,6 +183,13 @@ def stable_spam(
     """
     _checks.check_nonnegative("stable_spam", learning_rate=learning_rate, schedule=True)
     _checks.check_nonnegative("stable_spam", weight_decay=weight_decay, schedule=True)
+    _checks.check_decay(
+        "stable_spam",
+        b1=b1,
+        max_decay=max_decay,
+        norm_decay=norm_decay,
+        square_decay=square_decay,
+    )
     _checks.check_callable("stable_spam", momentum_scale=momentum_scale)
     normalize = _scaled(
         lambda b1: normalize_gradient_norm(

@@ -122,7 +122,14 @@ def reset_moments(
         # values would be read once more for it: 8 bytes per parameter around `scale_by_moments`.
         fresh = inner.init(jax.tree.map(jnp.zeros_like, updates if params is None else params))
         early = counts if late else moments | counts
-        before = _set_back(state.inner, fresh, due, moments, early)
+        try:
+            before = _set_back(state.inner, fresh, due, moments, early)
+        except (ValueError, TypeError) as error:
+            what = "updates" if params is None else "parameters"
+            raise ValueError(
+                f"{name}: the {what} are another tree, or of other shapes, than those of the "
+                "state. Pass the very parameters that init was given, and their gradients."
+            ) from error
         new, after = inner.update(updates, before, params, **extra_args)
         if late:
             after = _set_back(after, _one_counted(fresh), due, moments, moments)
@@ -174,6 +181,8 @@ def _chosen(due: jax.Array, old: Any, new: Any) -> Any:
     """Select between two trees; what was made of a missing gradient is zero anew."""
 
     def one(x: Any, y: Any) -> Any:
+        if y is not None and y.shape != x.shape:
+            raise ValueError(f"shapes {x.shape} and {y.shape}")
         return jnp.where(due, jnp.zeros_like(x) if y is None else y.astype(x.dtype), x)
 
     return jax.tree.map(one, old, new)

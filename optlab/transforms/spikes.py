@@ -121,8 +121,8 @@ def clip_spikes(
     For each leaf, with M = max |g| and x from zero,
       x <- decay x + (1 - decay) M,   c = x/(1 - decay^n),   g <- g c/M where |g| > c.
 
-    Only the largest entry lands on c; others over it come out below. Nothing is clipped at the
-    first step, nor while gradients grow slowly: it is a guard against sudden ones.
+    Only the largest entry lands on c; others over it come out below. The first step is left alone;
+    later every step whose maximum is above the average loses a little, a spike nearly all.
 
     An entry whose square is not finite (inf, NaN, over 1e19 in float32) is left out of M and
     becomes c with its sign, a NaN 0. A leaf without a gradient, all zeros, is not counted as a
