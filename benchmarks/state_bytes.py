@@ -1,0 +1,98 @@
+"""Bytes of compressed state, real and predicted, and what compressing costs a step.
+
+Usage: python -m benchmarks.state_bytes [--tree gpt10]
+
+The real bytes are those of the arrays that `jax.jit(tx.init)` puts on the device; the predicted
+ones come from shapes alone. Steps donate parameters and state. Their time is that of all cores, so
+that other programs on the machine do not count.
+"""
+
+import argparse
+import itertools
+import time
+from typing import Any
+
+import jax
+import optax
+
+from benchmarks import methods, table, trees
+from optlab import recipes, state_bytes
+from optlab.linalg import codecs
+from optlab.transforms.quantize import quantize_state
+
+CODECS = {
+    "-": None,
+    "int8": codecs.int8(),
+    "int8 linear": codecs.int8(map="linear"),
+    "fp8": codecs.fp8(),
+    "int4": codecs.int4(),
+}
+RECIPES = ("adamw", "lion", "lamb", "muon", "galore", "apollo")
+TIMED = ("adamw",)
+_STEPS = 7
+NOTES = (
+    "real: arrays on the device; predicted: from shapes. cpu_ns_per_parameter: processor time of "
+    "a step, all cores together; temp_bytes: what XLA allocates for it beside its arguments."
+)
+
+
+def transformation(name: str, codec: Any) -> optax.GradientTransformation:
+    """Return optax's AdamW or a recipe, its state in a codec where there is one."""
+    tx = methods.baseline(name) if name == "adamw" else getattr(recipes, name)(methods.RATE)
+    return quantize_state(tx, codec) if codec else tx
+
+
+def _real_bytes(tx: optax.GradientTransformation, params: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(jax.jit(tx.init)(params)))
+
+
+def _step_costs(tx: optax.GradientTransformation, params: Any, grads: Any) -> dict[str, Any]:
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    args = jax.tree.map(jax.numpy.copy, (params, jax.jit(tx.init)(params)))
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*args, grads).compile()
+    args = jax.block_until_ready(compiled(*args, grads))
+    start = time.process_time()
+    for _ in range(_STEPS):
+        args = jax.block_until_ready(compiled(*args, grads))
+    each = (time.process_time() - start) / _STEPS / trees.size(params)
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    return {"cpu_ns_per_parameter": each * 1e9, "temp_bytes": temporary}
+
+
+def row(name: str, codec: str, params: Any, grads: Any) -> dict[str, Any]:
+    """Measure one recipe with one codec."""
+    tx = transformation(name, CODECS[codec])
+    real, predicted = _real_bytes(tx, params), state_bytes(tx, params)
+    costs = {"cpu_ns_per_parameter": None, "temp_bytes": None}
+    if name in TIMED:
+        costs = _step_costs(tx, params, grads)
+    return {
+        "recipe": name,
+        "codec": codec,
+        "real_bytes": real,
+        "predicted_bytes": predicted,
+        "equal": real == predicted,
+        "bytes_per_parameter": real / trees.size(params),
+        **costs,
+    }
+
+
+def main() -> None:
+    """Measure every recipe with every codec and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tree", default="gpt10", help="a tree of benchmarks.trees")
+    arguments = parser.parse_args()
+    shapes = getattr(trees, arguments.tree)()
+    params, grads = trees.normal(shapes, 0, 0.02), trees.normal(shapes, 1, 1e-3)
+    rows = [row(name, codec, params, grads) for name, codec in itertools.product(RECIPES, CODECS)]
+    about = table.about(jax.devices()[0].device_kind, seed=0)
+    table.write(
+        table.RESULTS / "state_bytes", f"State of {arguments.tree}, in bytes", about, rows, NOTES
+    )
+
+
+if __name__ == "__main__":
+    main()
