@@ -87,6 +87,13 @@ def test_sizes_whose_squares_leave_float32_are_right(size):
     assert ratio == pytest.approx(seen(optax.identity(), measures.trust_ratio_max), rel=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e30, 0.0, 1e-30])
+def test_the_size_of_a_single_number_is_right_under_jit(size):
+    tx, grads = watch(optax.identity()), {"scale": jnp.full((), size)}
+    _, state = jax.jit(tx.update)(grads, tx.init(grads), grads)
+    assert float(state.values["gradient_rms"]) == pytest.approx(size, rel=1e-5)
+
+
 def test_sizes_of_nothing_are_zero_and_of_infinity_not_finite():
     zeros = jax.tree.map(jnp.zeros_like, GRADS)
     assert seen(optax.identity(), measures.gradient_rms, zeros) == 0

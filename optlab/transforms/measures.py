@@ -127,7 +127,11 @@ def _size(x: jax.Array) -> jax.Array:
     parameter for AdamW with its gradient's norm, as without, and 48 where the largest entry is
     found before.
     """
-    plain, low, high = (norms.sum_of_squares(x * c) for c in (1.0, 1 / _FAR, _FAR))
+    x = jnp.asarray(x)
+    # XLA makes (x c)(x c) of two constants into (x x)(c c), which leaves float32 after all.
+    scales = (jnp.asarray(c, x.dtype) for c in (1 / _FAR, _FAR))
+    near, far = jax.lax.optimization_barrier(tuple(scales))
+    plain, low, high = (norms.sum_of_squares(y) for y in (x, x * near, x * far))
     small = jnp.sqrt(high) / _FAR
     large = jnp.where(jnp.isfinite(plain), jnp.sqrt(plain), jnp.sqrt(low) * _FAR)
     return jnp.where(plain < _TINY, small, large)
