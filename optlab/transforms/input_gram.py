@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType, PartitionSpec, reshard
 from jax.typing import ArrayLike
@@ -83,25 +84,54 @@ def _each(name: str, argument: str, value: Ints | None, dims: int) -> tuple[int,
     return given
 
 
-def _padded(
-    x: jax.Array, padding: Any, window: tuple[int, ...], dilation: tuple[int, ...]
-) -> tuple[jax.Array, Any]:
-    """Return x padded as far as lax has no word for it, and the padding that is left to lax."""
-    sizes = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
+def _pads(
+    x: jax.Array, padding: Any, spans: Sequence[int], strides: Sequence[int]
+) -> tuple[jax.Array, list[tuple[int, int]]]:
+    """Return x padded as far as zeros will not do, and how many zeros each axis still gets."""
     if padding in _PAD_MODES:
-        widths = [(0, 0), *(((k - 1) // 2, k // 2) for k in sizes), (0, 0)]
-        return jnp.pad(x, widths, mode=_PAD_MODES[padding]), "VALID"
+        widths = [(0, 0), *(((k - 1) // 2, k // 2) for k in spans), (0, 0)]
+        return jnp.pad(x, widths, mode=_PAD_MODES[padding]), [(0, 0)] * len(spans)
     if padding == "CAUSAL":
-        if len(window) > 1:
+        if len(spans) > 1:
             raise ValueError(
-                f"conv_input_gram: 'CAUSAL' padding is for one spatial axis, got {len(window)}. "
+                f"conv_input_gram: 'CAUSAL' padding is for one spatial axis, got {len(spans)}. "
                 "Give (low, high) pairs."
             )
-        return x, [(sizes[0] - 1, 0)]
+        return x, [(spans[0] - 1, 0)]
     if isinstance(padding, str):
-        return x, padding
-    pairs = (padding,) * len(window) if isinstance(padding, int) else tuple(padding)
+        return x, list(jax.lax.padtype_to_pads(x.shape[1:-1], spans, strides, padding))
+    pairs = (padding,) * len(spans) if isinstance(padding, int) else tuple(padding)
     return x, [(p, p) if isinstance(p, int) else tuple(p) for p in pairs]
+
+
+def _patches(
+    x: jax.Array,
+    window: tuple[int, ...],
+    strides: Sequence[int],
+    padding: Any,
+    dilation: Sequence[int],
+    input_dilation: Sequence[int],
+) -> jax.Array:
+    """Return (batch, positions..., taps, channels): for each tap of the window one strided slice.
+
+    `jax.lax.conv_general_dilated_patches` multiplies by ones, and for a 7 x 7 window takes the
+    TPU's compiler a minute.
+    """
+    spans = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
+    x, pads = _pads(x, padding, spans, strides)
+    wide = [(*p, d - 1) for p, d in zip(pads, input_dilation, strict=True)]
+    x = jax.lax.pad(x, jnp.zeros([], x.dtype), [(0, 0, 0), *wide, (0, 0, 0)])
+    steps = [
+        max(size - k, -s) // s for size, k, s in zip(x.shape[1:-1], spans, strides, strict=True)
+    ]
+
+    def tap(offsets):
+        start = [i * d for i, d in zip(offsets, dilation, strict=True)]
+        stop = [i + max(n * s + 1, 0) for i, n, s in zip(start, steps, strides, strict=True)]
+        low, high = (0, *start, 0), (x.shape[0], *stop, x.shape[-1])
+        return jax.lax.slice(x, low, high, (1, *strides, 1))
+
+    return jnp.stack([tap(offsets) for offsets in np.ndindex(*window)], axis=-2)
 
 
 @_checks.explain_calls
@@ -154,23 +184,12 @@ def conv_input_gram(
         x = x.reshape(-1, *x.shape[-dims - 1 :])
     named = {"strides": strides, "dilation": dilation, "input_dilation": input_dilation}
     each = {key: _each(name, key, value, dims) for key, value in named.items()}
-    x, left = _padded(x.astype(_leafwise.widen(x.dtype)), padding, window, each["dilation"])
-    letters = "DHW"[-dims:] if dims <= 3 else "".join(map(chr, range(97, 97 + dims)))
-    spec = f"N{letters}C"
-    patches = jax.lax.conv_general_dilated_patches(
-        x,
-        window,
-        each["strides"],
-        left,
-        lhs_dilation=each["input_dilation"],
-        rhs_dilation=each["dilation"],
-        dimension_numbers=(spec, f"{letters}IO", spec),
-        precision=_EXACT,
-    )
-    # lax orders a patch (channels, window); a group's kernel (window, its channels).
-    channels, taps = x.shape[-1] // groups, math.prod(window)
-    apart = patches.reshape(*patches.shape[:-1], groups, channels, taps)
-    rows = jnp.swapaxes(apart, -1, -2).reshape(*patches.shape[:-1], groups, taps * channels)
+    x = x.astype(_leafwise.widen(x.dtype))
+    taps = _patches(x, window, each["strides"], padding, each["dilation"], each["input_dilation"])
+    # A group's patch is (window, its channels), as its kernel.
+    apart = taps.reshape(*taps.shape[:-1], groups, x.shape[-1] // groups)
+    rows = jnp.moveaxis(apart, -2, -3)
+    rows = rows.reshape(*rows.shape[:-2], rows.shape[-2] * rows.shape[-1])
     return _moment(rows, axis_name)
 
 
