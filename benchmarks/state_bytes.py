@@ -27,7 +27,7 @@ CODECS = {
     "fp8": codecs.fp8(),
     "int4": codecs.int4(),
 }
-RECIPES = ("adamw", "lion", "lamb", "muon", "galore", "apollo")
+RECIPES = ("adamw", "lion", "muon", "galore")
 TIMED = ("adamw",)
 _STEPS = 7
 NOTES = (

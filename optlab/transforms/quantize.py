@@ -122,6 +122,8 @@ def quantize_state(
         if not empty:
             _check_found(name, state, required)
         scales = {} if empty else _chosen(state, by_field, second_moments, min_size)
+        # Or XLA folds the codes of zeros under `jax.jit`: seconds for a leaf of 500,000.
+        state = state if empty else jax.lax.optimization_barrier(state)
         coded, scales = _encoded(state, scales, None)
         # `optax.tree.map_params` takes the state of a tree without leaves for a prefix of any.
         none = jnp.zeros([], jnp.int32)
