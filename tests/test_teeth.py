@@ -100,7 +100,11 @@ TEETH = {
     ),
     "scan_equals_loop": both(momentum, hidden_counter),
     "vmap_equals_loop": both(momentum, normalizes_over_the_batch),
-    "no_retrace": both(momentum, drifting_count),
+    "no_retrace": both(
+        momentum,
+        drifting_count,
+        with_state(lambda p: jax.device_put(jnp.zeros([]), jax.devices()[0])),
+    ),
     "pure": both(momentum, hidden_counter, whole(scales_arrays_in_place)),
     "structure_agnostic": both(momentum, whole(prefers_dicts)),
     "none_leaf": both(momentum, fills_holes(lambda x: x is None)),

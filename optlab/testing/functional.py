@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optlab.testing import compare
-from optlab.testing.case import Case, random_like
+from optlab.testing.case import Case, leaves_by_path, random_like
 from optlab.testing.select import applies
 
 
@@ -60,8 +60,15 @@ def check_vmap_equals_loop(case: Case) -> None:
 
 @applies()
 def check_no_retrace(case: Case) -> None:
-    """The first step compiles; three more, on the state it returned, neither trace nor compile."""
-    _, state = case.step(case.grads(), case.tx.init(case.tree), case.tree)
+    """The first step compiles; three more, on the state it returned, neither trace nor compile.
+
+    An array that init puts on a device makes the step's results stay there, unlike its inputs: the
+    second step would be another program.
+    """
+    state = case.tx.init(case.tree)
+    bound = [path for path, x in leaves_by_path(state).items() if x.committed]
+    assert not bound, f"init bound {bound[:3]} to a device"
+    _, state = case.step(case.grads(), state, case.tree)
     traces, compiled = case.traces, case.step._cache_size()
     for index in range(1, 4):
         _, state = case.step(case.grads(index), state, case.tree)

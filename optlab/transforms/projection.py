@@ -379,7 +379,9 @@ def _zeros(low: Low, leaf: Any) -> jax.Array:
     if isinstance(sharding, NamedSharding):
         spec = fitted(sharding.spec, low.shape, low.low_shape, sharding.mesh)
         sharding = NamedSharding(sharding.mesh, spec)
-    return jnp.zeros(low.low_shape, leaf.dtype, device=sharding)
+    # An array put on a device stays there, and so does what is computed from it: a second program.
+    told = sharding if getattr(leaf, "committed", True) else None
+    return jnp.zeros(low.low_shape, leaf.dtype, device=told)
 
 
 def along(low: Low, side: Side, fn: Callable[[jax.Array], jax.Array], y: jax.Array) -> jax.Array:
