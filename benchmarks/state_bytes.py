@@ -58,7 +58,8 @@ def _step_costs(tx: optax.GradientTransformation, params: Any, grads: Any) -> di
     for _ in range(_STEPS):
         args = jax.block_until_ready(compiled(*args, grads))
     each = (time.process_time() - start) / _STEPS / trees.size(params)
-    temporary = compiled.memory_analysis().temp_size_in_bytes
+    usage = compiled.memory_analysis()
+    temporary = usage.temp_size_in_bytes if usage else None
     return {"cpu_ns_per_parameter": each * 1e9, "temp_bytes": temporary}
 
 

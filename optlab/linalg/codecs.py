@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,10 @@ class Codec:
 
     block: int = 128
 
-    even: ClassVar[bool] = False  # blocks need an even number of entries
+    @property
+    def even(self) -> bool:
+        """Whether blocks need an even number of entries: two codes share a byte."""
+        return False
 
     def __post_init__(self) -> None:
         """Refuse a block without entries."""
@@ -67,13 +70,13 @@ class Codec:
         sizes = blocks.tile_sizes(shape, self.block, even=self.even)
         of_codes = (*sizes[:-1], sizes[-1] // 2) if self.even else sizes
         scales = (jnp.expand_dims(s, tuple(range(1, 2 * s.ndim, 2))) for s in coded.scales)
-        tiles = self._decode(blocks.tiled(coded.codes, of_codes), signed, *scales)
+        tiles = self._decode(blocks.tiled(coded.codes, of_codes), signed, tuple(scales))
         return blocks.untiled(tiles, shape)
 
     def _encode(self, x: jax.Array, signed: bool, uniform: jax.Array | None) -> tuple:
         raise NotImplementedError
 
-    def _decode(self, codes: jax.Array, signed: bool, *scales: jax.Array) -> jax.Array:
+    def _decode(self, codes: jax.Array, signed: bool, scales: tuple[jax.Array, ...]) -> jax.Array:
         raise NotImplementedError
 
 
@@ -111,10 +114,11 @@ class Fp8(Codec):
         raised = jnp.sign(x) * jnp.exp(_exponent(power) * jnp.log(jnp.abs(relative)))
         return _e4m3(_TOP * raised, uniform), largest, power
 
-    def _decode(self, codes, signed, largest, power=None):
+    def _decode(self, codes, signed, scales):
+        largest, *power = scales
         y = codes.astype(jnp.float32) / _TOP
-        if power is not None:
-            y = jnp.sign(y) * jnp.exp(jnp.log(jnp.abs(y)) / _exponent(power))
+        if power:
+            y = jnp.sign(y) * jnp.exp(jnp.log(jnp.abs(y)) / _exponent(power[0]))
         return largest * y
 
 
@@ -156,7 +160,7 @@ class Linear(Codec):
 
     @property
     def even(self) -> bool:
-        """Two codes of 4 bits share a byte."""
+        """Two codes of 4 bits do."""
         return self.bits == 4
 
     def _encode(self, x, signed, uniform):
@@ -170,7 +174,8 @@ class Linear(Codec):
             return codes.astype(jnp.int8 if signed else jnp.uint8), largest
         return blocks.packed(codes.astype(jnp.int8).astype(jnp.uint8) & 15), largest
 
-    def _decode(self, codes, signed, largest):
+    def _decode(self, codes, signed, scales):
+        (largest,) = scales
         if self.even:
             codes = blocks.unpacked(codes)
             # Two's complement of 4 bits: the upper half stands for the negative numbers.
@@ -199,7 +204,8 @@ class Dynamic(Codec):
             return (jnp.sign(x) * place).astype(jnp.int8), largest
         return _without_zero(place, relative).astype(jnp.uint8), largest
 
-    def _decode(self, codes, signed, largest):
+    def _decode(self, codes, signed, scales):
+        (largest,) = scales
         values, places = _knots(signed)
         y = codes.astype(jnp.float32)
         return largest * jnp.sign(y) * _interpolated(jnp.abs(y), places, values)
@@ -223,8 +229,9 @@ def _knots(signed: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return where the map's steps change, as values and as codes: it is linear in between."""
     values = dynamic_map(signed=signed)
     steps = np.diff(values)
-    bends = [0, *(1 + np.flatnonzero(~np.isclose(steps[1:], steps[:-1]))), len(values) - 1]
-    return values[bends], np.asarray(bends, np.float64)
+    changes = 1 + np.flatnonzero(~np.isclose(steps[1:], steps[:-1]))
+    bends = np.concatenate([[0], changes, [len(values) - 1]])
+    return values[bends], bends.astype(np.float64)
 
 
 def _interpolated(x: jax.Array, xs: np.ndarray, ys: np.ndarray) -> jax.Array:

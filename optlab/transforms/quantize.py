@@ -226,7 +226,7 @@ def _encoded(
         draw = () if key is None else (jax.random.fold_in(key, places[path]),)
 
         def encode(x, *draw):
-            uniform = jax.random.uniform(*draw, x.shape) if draw else None
+            uniform = jax.random.uniform(draw[0], x.shape) if draw else None
             return how.codec.encode(x, signed=how.signed, uniform=uniform)
 
         coded = partitioned(encode, _coded_specs(how.codec, leaf), leaf, *draw)
