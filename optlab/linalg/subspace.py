@@ -144,7 +144,8 @@ def _ritz(y: jax.Array) -> jax.Array:
         gram = product(small, small.mT) + jnp.where(done, apart, 0)
         return product(turned, jnp.linalg.eigh(gram)[1][..., ::-1]), None
 
-    start = jnp.broadcast_to(jnp.eye(rows, dtype=y.dtype), (*y.shape[:-2], rows, rows))
+    # Of y's shape and, under `shard_map`, as different on every device as y is.
+    start = jnp.where(y[..., :1] < 0, *(2 * [jnp.eye(rows, dtype=y.dtype)]))
     # A loop, so that the eigenvectors are compiled once.
     return jax.lax.scan(again, start, jnp.array([1.0, 1e-4], y.dtype))[0]
 

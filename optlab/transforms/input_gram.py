@@ -101,7 +101,7 @@ def _pads(
     if isinstance(padding, str):
         return x, list(jax.lax.padtype_to_pads(x.shape[1:-1], spans, strides, padding))
     pairs = (padding,) * len(spans) if isinstance(padding, int) else tuple(padding)
-    return x, [(p, p) if isinstance(p, int) else tuple(p) for p in pairs]
+    return x, [(p, p) if isinstance(p, int) else (p[0], p[1]) for p in pairs]
 
 
 def _patches(
@@ -114,8 +114,9 @@ def _patches(
 ) -> jax.Array:
     """Return (batch, positions..., taps, channels): for each tap of the window one strided slice.
 
-    `jax.lax.conv_general_dilated_patches` multiplies by ones, and for a 7 x 7 window takes the
-    TPU's compiler a minute.
+    `jax.lax.conv_general_dilated_patches` multiplies by ones, and a 7 x 7 window takes the TPU's
+    compiler 60 s, this one 26. With the taps beside each other as channels it takes 6 s, but ten
+    times the memory: a TPU pads 3 channels to 128.
     """
     spans = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
     x, pads = _pads(x, padding, spans, strides)
