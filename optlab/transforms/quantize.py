@@ -98,7 +98,7 @@ def quantize_state(
       >>> from optlab.linalg import codecs
       >>> tx = optlab.quantize_state(optax.adam(1e-3), codecs.int8())
       >>> optlab.state_bytes(tx, {"kernel": jnp.ones((1024, 1024))}) / 1024**2
-      2.06250762939453125
+      2.0625076293945312
 
     Deviations:
       Blocks run along the last axis, where the authors' run over the flattened tensor: a sharded
