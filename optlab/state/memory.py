@@ -104,7 +104,7 @@ def compressed_bytes(
         >>> from optlab.state.memory import compressed_bytes
         >>> params = {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")}
         >>> compressed_bytes(optax.adam(1e-3), params, bits=8) / 4096**2  # 8 bytes uncompressed
-        2.0625004768371582
+        2.062500476837158
     """
     if bits not in (16, 8, 4):
         raise ValueError(f"compressed_bytes: bits must be 16, 8 or 4, got {bits!r}. Write bits=8.")
