@@ -71,10 +71,11 @@ def _placed(tree: Any, where: NamedSharding) -> Any:
 
 
 def optimizer_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
-    """Return `step(params, state, grads) -> params, state`."""
+    """Return `step(params, state, grads) -> params, state`; no refresh of curvature is in it."""
+    tx = optax.with_extra_args_support(tx)
 
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(grads, state, params)
+        updates, state = tx.update(grads, state, params, curvature=None)
         return optax.apply_updates(params, updates), state
 
     return step

@@ -5,7 +5,7 @@ from optlab.compress import gblm_scores, importance_mask, rank_by_energy, shared
 from optlab.distributed.options import plan
 from optlab.distributed.shardings import shardings_of, state_sharding
 from optlab.layout import MatrixView, describe
-from optlab.linalg import polar
+from optlab.linalg import codecs, polar
 from optlab.linalg.ranks import factorize
 from optlab.recipes import (
     adabelief,
@@ -33,21 +33,33 @@ from optlab.recipes import (
     sgd_sai,
     sgdp,
     signum,
+    sophia,
+    spam,
+    stable_spam,
 )
 from optlab.schedules.shapes import wsd
 from optlab.state import checkpoint
+from optlab.state.evaluation import eval_params
 from optlab.state.memory import compressed_bytes, state_bytes, state_fields
-from optlab.transforms import kappa
+from optlab.state.metrics import metrics
+from optlab.state.reset import reset_state
+from optlab.transforms import kappa, measures
 from optlab.transforms.adaptive import (
     scale_by_belief,
     scale_by_diffgrad,
     scale_by_friction,
     scale_by_moments,
 )
+from optlab.transforms.aggregate import median_of_groups, rolling_median, winsorize
+from optlab.transforms.averages import average_params
 from optlab.transforms.clip import norm_growth_limiter
 from optlab.transforms.constrain import keep_sparsity, project_onto_subspace
+from optlab.transforms.curvature import scale_by_clipped_curvature
 from optlab.transforms.decay import add_cautious_decay, decay_after_update
+from optlab.transforms.estimators import gauss_newton_diagonal, hutchinson_diagonal
+from optlab.transforms.faults import skip_bad_steps
 from optlab.transforms.importance import accumulate_importance
+from optlab.transforms.input_gram import conv_input_gram, input_gram, precondition_by_input_gram
 from optlab.transforms.ldadam import scale_by_ldadam
 from optlab.transforms.lmo import scale_by_lmo
 from optlab.transforms.low_rank import in_low_rank
@@ -58,17 +70,23 @@ from optlab.transforms.momentum import (
     interpolate_momentum,
     with_previous_updates,
 )
+from optlab.transforms.narrow import apply_updates_stochastic, compensated_updates
 from optlab.transforms.neurons import normalize_neurons
 from optlab.transforms.noise import noise_adaptive
 from optlab.transforms.orthogonalize import orthogonalize
+from optlab.transforms.quantize import quantize_state
 from optlab.transforms.radial import normalize_and_project, project_radial, remove_radial
 from optlab.transforms.random_subspace import random_subspace
 from optlab.transforms.raw_gradient import scale_by_raw_gradient, with_raw_gradient
 from optlab.transforms.refresh import lazy_refresh
+from optlab.transforms.reset import reset_moments
 from optlab.transforms.residual import column_scaled_residual, plain_residual, sign_residual
+from optlab.transforms.round_weights import pack_weights, round_weights, unpack_weights
 from optlab.transforms.select_blocks import select_blocks
 from optlab.transforms.shape_scale import scale_by_shape
 from optlab.transforms.sign import apply_kappa, scale_by_lion_k, scale_by_sign_momentum
+from optlab.transforms.spam import scale_by_spam
+from optlab.transforms.spikes import clip_spikes, normalize_gradient_norm
 from optlab.transforms.subspace import (
     coordinate_projector,
     power_projector,
@@ -82,6 +100,7 @@ from optlab.transforms.trust_ratio import (
     scale_by_inverse_row_norm,
     scale_by_trust_ratio,
 )
+from optlab.transforms.watch import watch
 from optlab.transforms.weight_norm import in_weight_norm
 
 __version__ = "0.1.0"
@@ -96,26 +115,36 @@ __all__ = [
     "allora",
     "apollo",
     "apply_kappa",
+    "apply_updates_stochastic",
+    "average_params",
     "checkpoint",
+    "clip_spikes",
+    "codecs",
     "column_scaled_residual",
+    "compensated_updates",
     "compressed_bytes",
     "conda",
+    "conv_input_gram",
     "coordinate_projector",
     "debiased_ema",
     "decay_after_update",
     "describe",
     "diffgrad",
     "ema_from_first",
+    "eval_params",
     "factorize",
     "fira",
     "frugal",
     "galore",
+    "gauss_newton_diagonal",
     "gblm_scores",
     "grad_norm_lorp",
     "heavy_ball",
+    "hutchinson_diagonal",
     "importance_mask",
     "in_low_rank",
     "in_weight_norm",
+    "input_gram",
     "interpolate_momentum",
     "kappa",
     "keep_sparsity",
@@ -127,28 +156,40 @@ __all__ = [
     "ldadam",
     "lion",
     "lion_k",
+    "measures",
+    "median_of_groups",
+    "metrics",
     "muon",
     "nap",
     "noise_adaptive",
     "norm_growth_limiter",
     "normalize_and_project",
+    "normalize_gradient_norm",
     "normalize_neurons",
     "normuon",
     "orthogonalize",
+    "pack_weights",
     "plain_residual",
     "plan",
     "polar",
     "power_projector",
+    "precondition_by_input_gram",
     "project_onto_subspace",
     "project_radial",
     "q_galore",
+    "quantize_state",
     "quantized",
     "random_projector",
     "random_subspace",
     "rank_by_energy",
     "remove_radial",
+    "reset_moments",
+    "reset_state",
+    "rolling_median",
+    "round_weights",
     "scale_by_adagrad_norm",
     "scale_by_belief",
+    "scale_by_clipped_curvature",
     "scale_by_diffgrad",
     "scale_by_friction",
     "scale_by_initial_snr",
@@ -160,6 +201,7 @@ __all__ = [
     "scale_by_raw_gradient",
     "scale_by_shape",
     "scale_by_sign_momentum",
+    "scale_by_spam",
     "scale_by_trust_ratio",
     "scion",
     "select_blocks",
@@ -169,10 +211,17 @@ __all__ = [
     "shared_basis",
     "sign_residual",
     "signum",
+    "skip_bad_steps",
+    "sophia",
+    "spam",
+    "stable_spam",
     "state_bytes",
     "state_fields",
     "state_sharding",
     "svd_projector",
+    "unpack_weights",
+    "watch",
+    "winsorize",
     "with_previous_updates",
     "with_raw_gradient",
     "wsd",

@@ -7,6 +7,7 @@ from typing import Any
 
 import golden_low_rank
 import golden_orthogonal
+import golden_stable
 import jax
 import numpy as np
 import optax
@@ -164,6 +165,7 @@ TRAJECTORIES: dict[str, Callable[[Hyper, str], optax.GradientTransformation]] = 
     "sgdp": _sgdp,
     "signum": _signum,
     **golden_orthogonal.TRAJECTORIES,
+    **golden_stable.TRAJECTORIES,
 }
 
 

@@ -14,7 +14,6 @@ import optax
 
 import optlab
 from optlab import layout
-from optlab.linalg import blocks
 from optlab.transforms.subspace import Projector
 
 OUTPUT_FIRST = layout.output_first
@@ -228,19 +227,3 @@ def _check_intervals(case: Any, arrays: Any, state: Any) -> None:
         longer = state[0].inner_states[by].inner_state.refresh.longer
         found += [h["update_proj_gap"] * h["gamma_proj"] ** int(n) for n in longer]
     assert sorted(found) == sorted(recorded.values())
-
-
-def check_rounded_weights(case: Any, arrays: Any) -> None:
-    """Compare codes of weights rounded to nearest and at random, and their values."""
-    h = case["hyperparameters"]
-    for name in ("a", "b"):
-        rows = jnp.asarray(arrays[f"param.{name}"]).reshape(-1, h["q_group_size"])
-        nearest = blocks.encode(rows, h["n_bit"])
-        drawn = blocks.encode(rows, h["n_bit"], jnp.asarray(arrays[f"extra.uniform.{name}"]))
-        for found, key in ((nearest, "nearest_q"), (drawn, "sr_q")):
-            want = arrays[f"extra.{key}.{name}"].reshape(rows.shape)
-            np.testing.assert_array_equal(found.codes, want, key)
-        np.testing.assert_allclose(drawn.scale, arrays[f"extra.scales.{name}"], rtol=1e-6)
-        np.testing.assert_array_equal(drawn.zero, arrays[f"extra.zeros.{name}"])
-        values = blocks.decode(drawn, h["n_bit"]).reshape(arrays[f"out.0.{name}"].shape)
-        np.testing.assert_allclose(values, arrays[f"out.0.{name}"], rtol=0, atol=5e-6)

@@ -6,12 +6,17 @@ case whose method or hyperparameter is unknown fails by name.
 
 import itertools
 
+import golden_aggregate
 import golden_blocks
 import golden_cases
+import golden_coat
 import golden_constrained
+import golden_curvature
 import golden_low_rank
 import golden_orthogonal
 import golden_random_subspace
+import golden_stable
+import golden_weights
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +33,14 @@ BFLOAT16_ERROR, BFLOAT16_COSINE = 2e-2, 0.9995
 # Relative to the peak, float32.
 SCHEDULE_TOLERANCE = 1e-5
 # Methods whose cases record more than a trajectory.
-CHECKED = golden_blocks.CASES | golden_constrained.CASES | golden_random_subspace.CASES
+CHECKED = (
+    golden_aggregate.CASES
+    | golden_blocks.CASES
+    | golden_coat.CASES
+    | golden_constrained.CASES
+    | golden_curvature.CASES
+    | golden_random_subspace.CASES
+)
 # Absolute, on polar factors.
 POLAR_TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
@@ -49,7 +61,7 @@ def test_case_is_reproduced(path):
     elif case["method"] == "frugal" and "block_order" in case["hyperparameters"]:
         golden_blocks.frugal_blocks(case, arrays)
     elif case["method"] == "qgalore" and not case["steps"]:
-        golden_low_rank.check_rounded_weights(case, arrays)
+        golden_weights.CASES["qgalore"](case, arrays)
     elif case["method"] == "scion_lmo":
         _check_directions(case, arrays)
     elif "bfloat16" in case.get("variant", ""):
@@ -78,6 +90,8 @@ def _check_trajectory(case, arrays):
     _check_snr(arrays, state, list(start))
     _check_noise(case, arrays, state)
     golden_low_rank.check_internals(case, arrays, state)
+    if case["method"] in golden_stable.TRAJECTORIES:
+        golden_stable.check_internals(case, arrays, state)
 
 
 def _check_snr(arrays, state, names):

@@ -63,6 +63,14 @@ CONSTRUCTION = [
         'on_refresh="rotate" turns the fields mu, nu and trace, and inner keeps coordinates in '
         ".previous['a']['kernel']. Give a function (state, into).",
     ),
+    (
+        lambda: optlab.in_low_rank(
+            optlab.quantize_state(optax.scale_by_adam(), optlab.codecs.int8(), min_size=1),
+            rank=2,
+            on_refresh="rotate",
+        ).init(PARAMS),
+        "and inner keeps codes of them. Put quantize_state around in_low_rank, not inside.",
+    ),
     (lambda: low(on_refresh="rotat"), "on_refresh must be one of 'keep', 'reset', 'rotate', got"),
     (lambda: low(project=3), "project must be a tuple of names, got 3"),
     (lambda: low(layout=None), "layout must be a function, got None. Write optlab.layout.flax."),

@@ -231,6 +231,22 @@ def test_codes_lie_where_the_parameter_does_and_nothing_is_gathered(spec):
             assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim), name
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_the_state_is_told_where_it_lies(kind):
+    mesh = mesh_of(kind)
+    with jax.set_mesh(mesh):
+        place = lambda x: jax.device_put(x, NamedSharding(mesh, P("data", "model")))  # noqa: E731
+        p, g = (place(params(i)["dense"]["kernel"].repeat(4, axis=1)) for i in range(2))
+        for codec in CODECS.values():
+            tx = quantize_state(ADAM, codec)
+            told = optlab.state_sharding(tx, p)
+            state = jax.jit(tx.init, out_shardings=told)(p)
+            _, after = jax.jit(tx.update)(g, state, p)
+            assert told.scales["mu"].arrays[0].spec == P("data", "model")
+            for where, x in zip(*map(jax.tree.leaves, (told, after)), strict=True):
+                assert x.sharding.is_equivalent_to(where, x.ndim), (codec, x.shape)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,9 +1,11 @@
 """Where leaves lie: shardings of parameters, of optimizer state, and what a leaf's placement is."""
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import (
     AbstractMesh,
@@ -93,20 +95,36 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any
         if leaf.shape == shape.shape or not isinstance(sharding, NamedSharding):
             return sharding if leaf.shape == shape.shape else elsewhere
         mesh = sharding.mesh
-        return NamedSharding(mesh, fitted(sharding.spec, shape.shape, leaf.shape, mesh))
+        halved = leaf.dtype == np.uint8 and leaf.shape == (*shape.shape[:-1], shape.shape[-1] // 2)
+        # Codes of 4 bits, two to a byte, are half as many and lie where their numbers would.
+        place = divided if halved else partial(fitted, shape=shape.shape)
+        return NamedSharding(mesh, place(sharding.spec, new_shape=leaf.shape, mesh=mesh))
 
-    return optax.tree.map_params(
+    state = jax.eval_shape(tx.init, params)
+    found = optax.tree.map_params(
         tx.init,
         of_param,
-        jax.eval_shape(tx.init, params),
+        state,
         shapes,
         shardings,
         transform_non_params=lambda part: jax.tree.map(lambda _: elsewhere, part),
         is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
+    # A state that keeps arrays beside its parameters' tree, as `quantize_state`, knows where.
+    knows = lambda node: hasattr(node, "placed")  # noqa: E731
+    settle = lambda node, here: node.placed(here) if knows(node) else here  # noqa: E731
+    return jax.tree.map(settle, state, found, is_leaf=knows)
 
 
 Shape = tuple[int, ...]
+
+
+def divided(spec: PartitionSpec, new_shape: Shape, mesh: Any) -> PartitionSpec:
+    """Return the spec without the mesh axes that do not divide an array of fewer entries."""
+    entries = (e if isinstance(e, tuple) else (e,) if e else () for e in spec)
+    pairs = zip(entries, new_shape, strict=False)
+    fits = (e if n % math.prod(mesh.shape[name] for name in e) == 0 else () for e, n in pairs)
+    return PartitionSpec(*(e[0] if len(e) == 1 else e or None for e in fits))
 
 
 def _is_sharding(x: Any) -> bool:

@@ -66,8 +66,13 @@ def initial_params(config: Config) -> nnx.State:
     return jax.jit(create)(jax.random.key(config.seed))
 
 
+def logits(structure: nnx.GraphDef, params: nnx.State, windows: jax.Array) -> jax.Array:
+    """Return the logits of every byte but the first of windows (batch, context + 1)."""
+    return nnx.merge(structure, params)(windows[:, :-1].astype(jnp.int32))
+
+
 def loss(structure: nnx.GraphDef, params: nnx.State, windows: jax.Array) -> jax.Array:
     """Return the mean cross-entropy, in nats per byte, of windows (batch, context + 1)."""
-    tokens = windows.astype(jnp.int32)
-    logits = nnx.merge(structure, params)(tokens[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    labels = windows[:, 1:].astype(jnp.int32)
+    found = logits(structure, params, windows)
+    return optax.softmax_cross_entropy_with_integer_labels(found, labels).mean()

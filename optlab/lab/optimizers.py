@@ -1,11 +1,13 @@
 """Optimizers and schedules by name: every recipe of optlab, and optax's two baselines."""
 
 import difflib
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import optax
 
-from optlab import recipes, wsd
+from optlab import codecs, quantize_state, recipes, wsd
 from optlab.lab.config import BadInput, Config
 from optlab.lab.rates import RATES
 
@@ -32,8 +34,11 @@ SCHEDULES: dict[str, Callable[[float, int, int], optax.Schedule]] = {
 }
 
 
+CODECS = {"fp8": codecs.fp8(), "int8": codecs.int8(), "int4": codecs.int4()}
+
+
 def names() -> tuple[str, ...]:
-    """Return every name `--optimizers` takes."""
+    """Return every name `--optimizers` takes; each can be followed by + and one of `CODECS`."""
     return (*BASELINES, *recipes.__all__)
 
 
@@ -48,10 +53,16 @@ def check_names(
 ) -> None:
     """Refuse a name that is no optimizer, and say the nearest one that is."""
     for name in asked:
-        if name not in names():
+        plain, plus, codec = name.partition("+")
+        if plain not in names():
             raise BadInput(
                 f"{command}: {option} has no optimizer of that name, got {name!r}."
-                f"{nearest(name, list(names()))} `optlab list` prints them all."
+                f"{nearest(plain, list(names()))} `optlab list` prints them all."
+            )
+        if plus and codec not in CODECS:
+            raise BadInput(
+                f"{command}: {option} has no codec of that name, got {name!r}. "
+                f"Write one of {', '.join(f'{plain}+{known}' for known in CODECS)}."
             )
 
 
@@ -66,24 +77,38 @@ def check_schedule(name: str) -> None:
 
 def learning_rates(optimizers: tuple[str, ...], given: dict[str, float]) -> dict[str, float]:
     """Return the rate of each optimizer: the given one, else the recorded sweep's best."""
-    rates = {**RATES, **given}
+    rates = {name: RATES.get(name.partition("+")[0]) for name in optimizers} | given
     stray = [name for name in given if name not in optimizers]
     if stray:
         raise BadInput(
             f"race: --lr names an optimizer that does not race, got {stray[0]!r}. "
             f"The race has {', '.join(optimizers)}."
         )
-    missing = [name for name in optimizers if name not in rates]
+    missing = [name for name in optimizers if rates[name] is None]
     if missing:
         raise BadInput(
             f"race: {missing[0]!r} has no recorded learning rate. Write --lr {missing[0]}=RATE."
         )
-    return {name: rates[name] for name in optimizers}
+    return {name: rate for name in optimizers if (rate := rates[name]) is not None}
 
 
 def recipe(name: str) -> Callable[..., optax.GradientTransformation]:
     """Return the function of that name, whose first argument is the learning rate."""
-    return BASELINES.get(name) or getattr(recipes, name)
+    plain, _, codec = name.partition("+")
+    found = BASELINES.get(plain) or getattr(recipes, plain)
+    return _in_few_bits(found, CODECS[codec]) if codec else found
+
+
+def _in_few_bits(
+    found: Callable[..., optax.GradientTransformation], codec: codecs.Codec
+) -> Callable[..., optax.GradientTransformation]:
+    """Return the recipe with its moments kept by a codec."""
+
+    @functools.wraps(found)
+    def make(*args: Any, **arguments: Any) -> optax.GradientTransformation:
+        return quantize_state(found(*args, **arguments), codec)
+
+    return make
 
 
 def make(name: str, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from optlab import gauss_newton_diagonal
 from optlab.lab import data, model, optimizers
 from optlab.lab.config import Config
 
@@ -27,7 +28,9 @@ def make_chunk(structure: nnx.GraphDef, tx: Transform, config: Config, length: i
         params, opt_state = carry
         windows = data.batch(train, config.seed, step, config)
         value, grads = jax.value_and_grad(lambda p: model.loss(structure, p, windows))(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
+        # Sophia's estimate; it costs nothing where no one asks.
+        curvature = gauss_newton_diagonal(lambda p: model.logits(structure, p, windows))
+        updates, opt_state = tx.update(grads, opt_state, params, curvature=curvature)
         return (optax.apply_updates(params, updates), opt_state), value
 
     def chunk(params: Any, opt_state: Any, train: jax.Array, start: jax.Array) -> tuple:
@@ -49,7 +52,7 @@ def make_updates_alone(tx: Transform) -> Callable:
 
     def one_update(grads: Any, carry: tuple) -> tuple[tuple, None]:
         (params, opt_state), grads = jax.lax.optimization_barrier((carry, grads))
-        updates, opt_state = tx.update(grads, opt_state, params)
+        updates, opt_state = tx.update(grads, opt_state, params, curvature=None)
         return (optax.apply_updates(params, updates), opt_state), None
 
     def updates(params: Any, opt_state: Any, grads: Any) -> tuple:

@@ -1,5 +1,6 @@
 """Recipes: one function per paper, each a short chain of primitives."""
 
+from optlab.recipes.curvature import sophia
 from optlab.recipes.elementwise import adabelief, adagrad_norm, diffgrad
 from optlab.recipes.layerwise import allora, lamb, lars, sgd_sai
 from optlab.recipes.lmo import lanton, scion
@@ -9,6 +10,7 @@ from optlab.recipes.low_rank.with_residual import fira, frugal
 from optlab.recipes.orthogonal import muon, normuon
 from optlab.recipes.radial import adamp, nap, sgdp
 from optlab.recipes.sign import lion, lion_k, signum
+from optlab.recipes.stable import spam, stable_spam
 
 __all__ = [
     "adabelief",
@@ -36,4 +38,7 @@ __all__ = [
     "sgd_sai",
     "sgdp",
     "signum",
+    "sophia",
+    "spam",
+    "stable_spam",
 ]

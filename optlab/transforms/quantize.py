@@ -1,7 +1,6 @@
 """Keep the state of any transformation in few bits."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
@@ -10,11 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
+from optlab.distributed.shardings import divided
 from optlab.linalg.codecs import Codec, Coded
 from optlab.transforms.projection import partitioned
 
@@ -44,6 +44,24 @@ class QuantizeState(NamedTuple):
     count: jax.Array  # int32, (): steps seen
     inner: optax.OptState  # of `inner`, with codes in place of arrays
     scales: Any  # dict of `Scales`, by the path of the codes in `inner`
+
+    def placed(self, shardings: Any) -> Any:
+        """Return shardings of this state, those of scales as of the codes that they belong to."""
+        codes = dict(_named(shardings.inner))
+
+        def beside(path: str, how: Scales) -> Scales:
+            of = codes[path]
+            if not isinstance(of, NamedSharding):
+                return dataclasses.replace(how, arrays=(of,) * len(how.arrays))
+            specs = (divided(of.spec, x.shape, of.mesh) for x in how.arrays)
+            return dataclasses.replace(
+                how, arrays=tuple(NamedSharding(of.mesh, spec) for spec in specs)
+            )
+
+        if not isinstance(self.scales, dict):
+            return shardings
+        scales = {path: beside(path, how) for path, how in self.scales.items()}
+        return shardings._replace(scales=scales)
 
 
 @_checks.explain_calls
@@ -242,16 +260,10 @@ def _spec(x: Any) -> PartitionSpec:
 
 def _coded_specs(codec: Codec, x: jax.Array) -> Coded:
     """Return where codes and scales lie: as the leaf, along the axes that the devices divide."""
-    sharding = jax.typeof(x).sharding
-    axes = (*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
-
-    def like(coded):
-        fits = (n % _devices(sharding.mesh, a) == 0 for n, a in zip(coded.shape, axes, strict=True))
-        return PartitionSpec(*(a if fit else None for a, fit in zip(axes, fits, strict=True)))
-
-    return jax.tree.map(like, jax.eval_shape(codec.encode, jax.ShapeDtypeStruct(x.shape, x.dtype)))
+    where = jax.typeof(x).sharding
+    shapes = jax.eval_shape(codec.encode, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return jax.tree.map(lambda coded: divided(where.spec, coded.shape, where.mesh), shapes)
 
 
-def _devices(mesh: Any, axis: Any) -> int:
-    names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
-    return math.prod(mesh.shape[name] for name in names)
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    return [(_layout.path_str(k), x) for k, x in jax.tree_util.tree_leaves_with_path(tree)]

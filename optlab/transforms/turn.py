@@ -11,6 +11,7 @@ import optax
 from optlab import _checks, _leafwise
 from optlab.transforms import projection
 from optlab.transforms.projection import Kept, Lens, Low, Reading
+from optlab.transforms.quantize import QuantizeState
 
 Turn = Callable[[optax.OptState, Callable[..., Any]], optax.OptState]
 """`turn(state, into)` returns the state in the new basis; `into(tree)` turns a tree of coordinates,
@@ -84,6 +85,11 @@ def _second(node: Any, turned: Any, into: Callable[..., Any]) -> Any:
     return jax.tree.map(again, variance, turned, node.nu)
 
 
+def _has_codes(state: Any) -> bool:
+    coded = lambda node: isinstance(node, QuantizeState)  # noqa: E731
+    return any(map(coded, jax.tree.leaves(state, is_leaf=coded)))
+
+
 def _has_moments(node: Any) -> bool:
     return isinstance(node, tuple) and bool(_MOMENTS & set(getattr(node, "_fields", ())))
 
@@ -101,6 +107,11 @@ def check_turn(name: str, on_refresh: Any, state: Any, reading: Reading) -> None
     """Refuse a state that "rotate" does not know."""
     if on_refresh != "rotate":
         return
+    if _has_codes(state):
+        raise ValueError(
+            f'{name}: on_refresh="rotate" turns moments, and inner keeps codes of them. '
+            "Put quantize_state around in_low_rank, not inside."
+        )
     shapes = {low.low_shape for low in reading.lows}
     rest = jax.tree.map(lambda n: None if _has_moments(n) else n, state, is_leaf=_has_moments)
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(rest):
