@@ -30,6 +30,7 @@ FIRST_GUESS = {
     "nap": -5, "diffgrad": -5, "adabelief": -5, "lamb": -4, "lars": 2, "sgd_sai": -3,
     "muon": -3, "normuon": -5, "lanton": -4, "scion": -7, "galore": -3, "q_galore": -3, "fira": -4,
     "frugal": -5, "apollo": -4, "conda": -4, "ldadam": -5, "grad_norm_lorp": -3,
+    "spam": -5, "stable_spam": -5, "sophia": -7,
 }  # fmt: skip
 LEAST, MOST = -12, 8
 

@@ -24,18 +24,22 @@ _OWN_RANK = ("conda", "frugal")
 
 # Arrays of the parameters' shape that a method with norms has to read a second time, once it knows
 # them: adagrad_norm, sgd_sai (first step) g; allora p; lars g, p; lamb, adamp and nap the two
-# moments and p; sgdp the buffer and p.
+# moments and p; sgdp the buffer and p; spam g and nu, whose spikes it counts; stable_spam g three
+# times, for its largest entry, the count and the norm.
 READ_AGAIN = {
     "adagrad_norm": 1, "allora": 1, "sgd_sai": 1, "lars": 2, "sgdp": 2, "lamb": 3, "adamp": 3,
-    "nap": 3,
+    "nap": 3, "spam": 2, "stable_spam": 3,
 }  # fmt: skip
+# Arrays of state that are written at refreshes only: Sophia's curvature.
+ONLY_READ = {"sophia": 1}
 # Two passes may cost a quarter more than their minimum.
 SLACK = 1.25
 
-# Kernels launched on the 170-leaf tree: half of optax.lamb's 1145 for a method with norms by leaf
-# or by row, as many for the two that take four products by channel and by matrix. The others, and
-# AdaGrad-Norm with its one norm, may launch what optax.adamw does.
-MOST_KERNELS = dict.fromkeys(("allora", "lamb", "lars", "nap", "sgd_sai"), 1145 // 2)
+# Kernels launched on the 170-leaf tree: half of optax.lamb's 1145 for a method with numbers about
+# leaves or rows, as many for the two that take four products by channel and by matrix. The others,
+# and AdaGrad-Norm with its one norm, may launch what optax.adamw does.
+_OF_LEAVES = ("allora", "lamb", "lars", "nap", "sgd_sai", "spam", "stable_spam")
+MOST_KERNELS = dict.fromkeys(_OF_LEAVES, 1145 // 2)
 MOST_KERNELS |= dict.fromkeys(("adamp", "sgdp"), 1145)
 # A quarter of optax.contrib.muon's 1564; one more for each of the 97 leaves that have a norm of
 # their own, 3 for each of 72 matrices that measure neurons, 6 where their noise is measured.
@@ -108,9 +112,9 @@ def least_bytes(name: str, state_arrays: float) -> float:
     """Return the bytes per parameter that a method cannot go below, in float32.
 
     Parameters, gradient and state are read, parameters and state written: 4 (3 + 2 s) bytes for s
-    state arrays; then 4 for each array read again.
+    state arrays; 4 more for each array read again, 4 less for one that is not written.
     """
-    return 4 * (3 + 2 * state_arrays + READ_AGAIN.get(name, 0))
+    return 4 * (3 + 2 * state_arrays + READ_AGAIN.get(name, 0) - ONLY_READ.get(name, 0))
 
 
 def bound(name: str, state_arrays: float, adamw_kernels: int) -> Bound:

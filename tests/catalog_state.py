@@ -1,5 +1,6 @@
 """Rows of the catalogue: what makes steps safe, curvature, and what is kept in few bits."""
 
+import functools
 from functools import partial
 
 import jax
@@ -27,14 +28,22 @@ CODED = ("attn/query/kernel", "conv/kernel", "dense/kernel", "dense/bias")
 _GROWING = partial(optax.scale_by_schedule, lambda step: 100.0**step)
 
 
+@functools.wraps(optlab.clip_spikes)
 def _clip_growing(**arguments):
     """Return `clip_spikes` of updates a hundred times as large at every step."""
     return optax.chain(_GROWING(), optlab.clip_spikes(**arguments))
 
 
+@functools.wraps(optlab.reset_moments)
+def _reset_after_moments(inner, **arguments):
+    """Return `reset_moments` around Adam's moments and what it is given."""
+    return optlab.reset_moments(optax.chain(optlab.scale_by_moments(), inner), **arguments)
+
+
 def _fed_examples(make):
     """Return a robust mean with three multiples of every gradient as those of examples."""
 
+    @functools.wraps(make)
     def build(**arguments):
         mean = make(**arguments)
 
@@ -133,14 +142,13 @@ STABLE = (
         **STACKED,
     ),
     link("scale_by_spam", threshold=2.0, tags=ELEMENTWISE, facts={"state_bytes": 8.0}),
-    link(
+    Case(
         "reset_moments",
-        optlab.scale_by_moments,
-        inner=optlab.scale_by_moments(),
-        every=2,
-        warmup=3,
-        tags={"wrapper", *ELEMENTWISE},
+        partial(_reset_after_moments, inner=optax.identity(), every=2, warmup=3),
+        frozenset({"wrapper", *ELEMENTWISE}),
+        hits=ALL,
         facts={"state_bytes": 8.0},
+        fallback=optlab.scale_by_moments,
     ),
     Case(
         "winsorize",

@@ -21,8 +21,10 @@ from optlab import recipes
 ROOT = pathlib.Path(__file__).parent.parent
 # Of a leaf of 64 MiB the compiler copies what the second pass reads into on-chip memory while the
 # first one runs, and counts the copy at both ends.
-PREFETCHED = {"adagrad_norm", "adamp", "allora", "nap", "sgd_sai", "sgdp"}
-ONE_PASS = ("adabelief", "diffgrad", "lion", "lion_k", "signum")
+PREFETCHED = {
+    "adagrad_norm", "adamp", "allora", "nap", "sgd_sai", "sgdp", "spam", "stable_spam",
+}  # fmt: skip
+ONE_PASS = ("adabelief", "diffgrad", "lion", "lion_k", "signum", "sophia")
 OF_DEVICE = [name for name in recipes.__all__ if not methods.of_low_rank(name)]
 LEAFWISE = sorted(set(OF_DEVICE) - set(methods.MATRIX))
 # Conda's coordinates are as large as its matrices.

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from mesh_problem import mesh_of
+from rows import fed
 
 import optlab
 from optlab import recipes
@@ -265,7 +266,10 @@ def recipe(name):
     arguments = {"lion_k": {"kappa": "l2"}}.get(name, {})
     rank = {"rank": 2} if name in ("galore", "q_galore", "fira", "apollo", "ldadam") else {}
     rate = 1.0 if name == "lars" else 1e-3  # of the norm of the weights, a thousandth
-    return getattr(recipes, name)(rate, **arguments, **rank)
+    make = getattr(recipes, name)
+    if name == "sophia":
+        make = fed(make, curvature=lambda updates: jax.tree.map(jnp.square, updates))
+    return make(learning_rate=rate, **arguments, **rank)
 
 
 @pytest.mark.parametrize("name", recipes.__all__)

@@ -145,9 +145,11 @@ def _ritz(y: jax.Array) -> jax.Array:
         return product(turned, jnp.linalg.eigh(gram)[1][..., ::-1]), None
 
     # Of y's shape and, under `shard_map`, as different on every device as y is.
-    start = jnp.where(y[..., :1] < 0, *(2 * [jnp.eye(rows, dtype=y.dtype)]))
+    same = jnp.eye(rows, dtype=y.dtype)
+    start = jnp.where(y[..., :1] < 0, same, same)
     # A loop, so that the eigenvectors are compiled once.
-    return jax.lax.scan(again, start, jnp.array([1.0, 1e-4], y.dtype))[0]
+    found, _ = jax.lax.scan(again, start, jnp.array([1.0, 1e-4], y.dtype))
+    return found
 
 
 def overlap(new: jax.Array, old: jax.Array) -> jax.Array:

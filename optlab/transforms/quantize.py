@@ -31,7 +31,7 @@ SECOND_MOMENTS = ("nu", "nu_max", "sum_of_squares", "exp_avg_sq", "e_g", "e_x")
 class Scales:
     """What a leaf of codes is read with."""
 
-    arrays: tuple[jax.Array, ...]  # one number per block, of the leaf's rank
+    arrays: tuple[Any, ...]  # one number per block, of the leaf's rank
     codec: Codec
     signed: bool
     length: int  # of the last axis, which codes of 4 bits halve
