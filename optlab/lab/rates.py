@@ -28,4 +28,7 @@ RATES: dict[str, float] = {
     "sgd_sai": 0.1,
     "sgdp": 0.1,
     "signum": 0.001,
+    "sophia": 0.0003,
+    "spam": 0.003,
+    "stable_spam": 0.003,
 }
