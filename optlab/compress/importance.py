@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
+from optlab.distributed.shardings import partitioned
 from optlab.linalg import sparsity
-from optlab.transforms.projection import partitioned
 
 
 def _spread(what: str, given: Any, params: Any) -> Any:

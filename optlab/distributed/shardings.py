@@ -1,6 +1,7 @@
 """Where leaves lie: shardings of parameters, of optimizer state, and what a leaf's placement is."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -254,3 +255,32 @@ def everywhere(values: jax.Array, mesh: Any = None) -> jax.Array:
     if AxisType.Explicit not in mesh.axis_types or jax.typeof(values).sharding == wanted:
         return values
     return reshard(values, wanted)
+
+
+def mesh_of(params: Any) -> Any:
+    """Return the mesh in the types of a tree; None of an empty one."""
+    leaves = jax.tree.leaves(params)
+    return jax.typeof(leaves[0]).sharding.mesh if leaves else None
+
+
+def partitioned(fn: Callable[..., Any], out: Any, *args: Any) -> Any:
+    """Call `fn` with the compiler free to partition it over an Explicit mesh; results go to `out`.
+
+    `out` holds a `PartitionSpec` for every result. On other meshes the compiler is free anyway.
+    """
+    explicit = {
+        axis: mesh
+        for mesh in (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args))
+        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    }
+    if not explicit:
+        return fn(*args)
+    mesh = next(iter(explicit.values()))
+    free = jax.sharding.auto_axes(fn, axes=tuple(explicit), out_sharding=_placements(mesh, out))
+    return free(*args)
+
+
+def _placements(mesh: Any, out: Any) -> Any:
+    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), out, is_leaf=is_spec)

@@ -10,9 +10,9 @@ import optax
 
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
+from optlab.distributed.shardings import partitioned
 from optlab.linalg.sparsity import check_pattern, has_pattern
 from optlab.linalg.subspace import product
-from optlab.transforms.projection import partitioned
 
 Basis = Any | Callable[[str, Any], Any]
 """Orthonormal columns: an array, a tree or prefix of them with None, a function (path, leaf)."""

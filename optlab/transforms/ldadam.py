@@ -10,11 +10,12 @@ from jax.typing import ArrayLike
 
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
-from optlab.distributed.shardings import everywhere
+from optlab.distributed.shardings import everywhere, mesh_of
 from optlab.transforms import projection
 from optlab.transforms.found import found_metrics
+from optlab.transforms.lens import Kept, Lens, check_kept, kept_before, zero_coordinates
 from optlab.transforms.momentum import correction, debias
-from optlab.transforms.projection import Kept, Lens, Rank, Reading
+from optlab.transforms.projection import Rank, Reading
 from optlab.transforms.refresh import refreshed
 from optlab.transforms.subspace import Projector, power_projector
 from optlab.transforms.turn import turner
@@ -101,10 +102,10 @@ def scale_by_ldadam(
 
     def init(params):
         _leafwise.check_tree(name, params)
-        reading, mesh = reader(params), projection.mesh_of(params)
-        before = projection.kept_before(reading, projector, params)
+        reading, mesh = reader(params), mesh_of(params)
+        before = kept_before(reading, projector, params)
         kept = jax.tree.map(lambda x: everywhere(x, mesh), before)
-        low = projection.zero_coordinates(reading, params)
+        low = zero_coordinates(reading, params)
         mu = jax.tree.map(_leafwise.zeros_like, low)
         nu = jax.tree.map(lambda x: _leafwise.zeros_like(x, _leafwise.widen(x.dtype)), low)
         error = _no_errors(reading, params) if error_feedback else None
@@ -116,7 +117,7 @@ def scale_by_ldadam(
         if params is not None:
             _leafwise.aligned(name, updates, ("the parameters", params))
         reading = reader(updates if params is None else params)
-        projection.check_kept(name, reading, state.kept)
+        check_kept(name, reading, state.kept)
         before = Lens(reading, projector, state.kept)
         whole = _with_errors(reading, updates, state.error)
         momentum = before.raised(state.mu)

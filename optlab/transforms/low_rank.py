@@ -11,10 +11,11 @@ from jax.typing import ArrayLike
 
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
-from optlab.distributed.shardings import everywhere
+from optlab.distributed.shardings import everywhere, mesh_of
 from optlab.transforms import projection
 from optlab.transforms.found import found_metrics
-from optlab.transforms.projection import Kept, Lens, Reading
+from optlab.transforms.lens import Kept, Lens, check_kept, kept_before, zero_coordinates
+from optlab.transforms.projection import Reading
 from optlab.transforms.refresh import Refresh, refreshed
 from optlab.transforms.residual import Residual
 from optlab.transforms.subspace import Projector, power_projector
@@ -123,10 +124,10 @@ def in_low_rank(
     def init(params):
         _leafwise.check_tree(name, params)
         reading = reader(params, shardings=shardings)
-        state = inner.init(projection.zero_coordinates(reading, params))
+        state = inner.init(zero_coordinates(reading, params))
         check_turn(name, on_refresh, state, reading)
-        beside = projection.kept_before(reading, projector, params), rule.init(reading.sides)
-        kept, learned = jax.tree.map(lambda x: everywhere(x, projection.mesh_of(params)), beside)
+        beside = kept_before(reading, projector, params), rule.init(reading.sides)
+        kept, learned = jax.tree.map(lambda x: everywhere(x, mesh_of(params)), beside)
         then = _only(reading, params)
         then = residual.then.init(then) if residual else optax.EmptyState()
         return InLowRankState(jnp.zeros([], jnp.int32), kept, learned, state, then)
@@ -136,7 +137,7 @@ def in_low_rank(
         if params is not None:
             _leafwise.aligned(name, updates, ("the parameters", params))
         reading = reader(updates if params is None else params, shardings=shardings)
-        projection.check_kept(name, reading, state.kept)
+        check_kept(name, reading, state.kept)
         due = rule.due(state.refresh, state.count, _offsets(rule, reading, stagger))
         key = jax.random.fold_in(jax.random.key(seed), state.count)
         g = projection.checked(reading, updates)

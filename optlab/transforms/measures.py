@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec
 
 from optlab import _leafwise
 from optlab import layout as _layout
+from optlab.distributed.shardings import partitioned
 from optlab.layout.apply import open_leaf
 from optlab.linalg import norms
-from optlab.transforms.projection import partitioned
 
 _FAR = 2.0**80
 _TINY = 2.0**-60  # below it, squares that were flushed to zero could have counted

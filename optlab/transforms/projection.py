@@ -1,7 +1,6 @@
-"""Which matrices of a tree are projected, in what buckets, and the maps down to coordinates and up.
+"""Which matrices of a tree are projected, on what sides, to what rank and in what buckets.
 
-A side of a matrix is projected: "rows" (its inputs, the first axis of the matrix) or "cols". All
-bases for matrices of one shape lie in one stack, outside the tree of the parameters.
+A side of a matrix is projected: "rows" (its inputs, the first axis of the matrix) or "cols".
 """
 
 import dataclasses
@@ -9,14 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
-from optlab.distributed.shardings import Placement, by_path, fitted, placement_of
-from optlab.layout.apply import open_leaf
+from optlab.distributed.shardings import Placement, by_path, placement_of
 from optlab.transforms.subspace import Projector
 
 Rank = int | float | str | Callable[[str, Any], Any] | Any
@@ -199,134 +195,6 @@ def read(
     return Reading(name, tuple(lows), tuple(made))
 
 
-def partitioned(fn: Callable[..., Any], out: Any, *args: Any) -> Any:
-    """Call `fn` with the compiler free to partition it over an Explicit mesh; results go to `out`.
-
-    `out` holds a `PartitionSpec` for every result. On other meshes the compiler is free anyway.
-    """
-    explicit = {
-        axis: mesh
-        for mesh in (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args))
-        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    }
-    if not explicit:
-        return fn(*args)
-    mesh = next(iter(explicit.values()))
-    free = jax.sharding.auto_axes(fn, axes=tuple(explicit), out_sharding=_on(mesh, out))
-    return free(*args)
-
-
-def _on(mesh: Any, out: Any) -> Any:
-    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), out, is_leaf=is_spec)
-
-
-def oriented(x: jax.Array, side: Side) -> jax.Array:
-    """Return matrices with the projected side first, or put them back."""
-    return x if side.name == "rows" else x.mT
-
-
-def turnable(x: jax.Array, low: Low, side: Side) -> jax.Array:
-    """Ask that matrices (..., m, n) are not cut along a side of full rank.
-
-    The cut moves to the other side, an all-to-all, and each device turns what it has. Left to
-    itself a compiler gathers the matrix, or sums one of its size.
-    """
-    where = low.placement
-    if where is None or side.rank < side.size:
-        return x
-    rows, cols = (tuple(n for a in axes for n in where.spec[a]) for axes in low.groups[-2:])
-    kept = x.shape[-1 if side.name == "rows" else -2]
-    if kept % where.size((*cols, *rows)):
-        return x
-    ends = ((), (*cols, *rows)) if side.name == "rows" else ((*rows, *cols), ())
-    cuts = (*(where.spec[a] for a in low.view.batch(len(low.shape))), *ends)
-    spec = PartitionSpec(*(names or None for names in cuts))
-    explicit = AxisType.Explicit in where.mesh.axis_types
-    return jax.lax.with_sharding_constraint(
-        x, spec if explicit else NamedSharding(where.mesh, spec)
-    )
-
-
-class Kept(NamedTuple):
-    """What is kept of the subspaces of one bucket, side by side."""
-
-    basis: Any  # of the projector
-    found: jax.Array  # int32, (sides, *batch): how often the subspace was found
-    overlap: jax.Array  # float32, (sides, *batch): share of the subspace before in the last one
-
-
-def kept_before(reading: Reading, projector: Projector, params: Any) -> Any:
-    """Return what is kept before the first gradient: a tuple of `Kept`.
-
-    For a tree without leaves it is a number: `optax.tree.map_params` takes its state for a prefix
-    of any other's.
-    """
-    if not jax.tree.leaves(params):
-        return jnp.zeros([], jnp.int32)
-
-    def one(b: Bucket) -> Kept:
-        shape = (len(b.members), *b.batch)
-        basis = projector.init(shape, b.size, b.rank, b.dtype)
-        return Kept(basis, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
-
-    return tuple(map(one, reading.buckets))
-
-
-def check_kept(name: str, reading: Reading, kept: Sequence[Kept]) -> None:
-    """Refuse a state of another tree."""
-    if not isinstance(kept, tuple):
-        kept = ()
-    ours = [(len(b.members), *b.batch) for b in reading.buckets]
-    if ours != [k.found.shape for k in kept]:
-        raise ValueError(
-            f"{name}: the updates hold {reading.sides} projected sides in {len(ours)} shapes, init "
-            f"saw {sum(len(k.found) for k in kept)} in {len(kept)}. Pass gradients of the very "
-            "parameters that init was given, and params where some are missing."
-        )
-
-
-def mesh_of(params: Any) -> Any:
-    """Return the mesh in the types of a tree; None of an empty one."""
-    leaves = jax.tree.leaves(params)
-    return jax.typeof(leaves[0]).sharding.mesh if leaves else None
-
-
-def _placed(x: jax.Array, low: Low, shape: tuple[int, ...]) -> jax.Array:
-    """Say where the result lies: on an Auto mesh with known shardings no type does."""
-    where = low.placement
-    if where is None or AxisType.Explicit in where.mesh.axis_types:
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(where.mesh, _spec(low, shape)))
-
-
-def placed_everywhere(tree: Any, low: Low) -> Any:
-    """Say that a tree lies on all devices of a leaf, which no type does on an Auto mesh."""
-    where = low.placement
-    if where is None or AxisType.Explicit in where.mesh.axis_types:
-        return tree
-    return jax.lax.with_sharding_constraint(tree, NamedSharding(where.mesh, PartitionSpec()))
-
-
-def _spec(low: Low, shape: tuple[int, ...]) -> PartitionSpec:
-    if low.placement is None:
-        return PartitionSpec()
-    return fitted(low.placement.partition, low.shape, shape, low.placement.mesh)
-
-
-def opened_for(low: Low, x: jax.Array) -> jax.Array:
-    """Return a leaf, or coordinates, as matrices; it lies where leaves do, whatever comes after."""
-    return open_leaf(_placed(x, low, x.shape), low.groups).matrices
-
-
-def _close(low: Low, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Return matrices as a leaf of `shape`: axes taken apart and put back in their places."""
-    order = [axis for group in low.groups for axis in group]
-    x = x.reshape([shape[axis] for axis in order])
-    return jnp.transpose(x, sorted(range(len(order)), key=order.__getitem__))
-
-
 def projected(reading: Reading, tree: Any) -> list[Any]:
     """Return the projected leaves of a tree, in the order of the reading; None for missing ones."""
     leaves = jax.tree.leaves(tree, is_leaf=_leafwise.is_hole)
@@ -355,111 +223,6 @@ def only_projected(reading: Reading, tree: Any, values: Sequence[Any]) -> Any:
     """Return the tree with these values, and all other leaves masked."""
     masked = jax.tree.map(lambda _: optax.MaskedNode(), tree)
     return with_projected(reading, masked, values)
-
-
-def zero_coordinates(reading: Reading, params: Any) -> Any:
-    """Return the tree with zeros for the coordinates of projected leaves, placed as those."""
-    pairs = zip(reading.lows, projected(reading, params), strict=True)
-    return with_projected(reading, params, [_zeros(low, leaf) for low, leaf in pairs])
-
-
-def _zeros(low: Low, leaf: Any) -> jax.Array:
-    if isinstance(leaf, jax.core.Tracer):
-        # Spread as the leaf along the axes that it keeps.
-        edge = tuple(
-            slice(n if n == low_n else 1) for n, low_n in zip(low.shape, low.low_shape, strict=True)
-        )
-
-        def zeros(p):
-            wide = jnp.broadcast_to(p[edge], low.low_shape)
-            return _placed(_leafwise.zeros_like(wide), low, low.low_shape)
-
-        return partitioned(zeros, _spec(low, low.low_shape), leaf)
-    sharding = getattr(leaf, "sharding", None)
-    if isinstance(sharding, NamedSharding):
-        spec = fitted(sharding.spec, low.shape, low.low_shape, sharding.mesh)
-        sharding = NamedSharding(sharding.mesh, spec)
-    # An array put on a device stays there, and so does what is computed from it: a second program.
-    told = sharding if getattr(leaf, "committed", True) else None
-    return jnp.zeros(low.low_shape, leaf.dtype, device=told)
-
-
-def along(low: Low, side: Side, fn: Callable[[jax.Array], jax.Array], y: jax.Array) -> jax.Array:
-    """Apply a function of (..., r, b) to coordinates; it keeps their shape."""
-    x = oriented(open_leaf(y, low.groups).matrices, side)
-    return _close(low, oriented(fn(x), side), y.shape).astype(y.dtype)
-
-
-def on_coordinates(low: Low, fn: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
-    """Call `fn`, whose result is of the shape of coordinates, and place it as they are."""
-    return partitioned(fn, _spec(low, low.low_shape), *args)
-
-
-@dataclasses.dataclass(frozen=True)
-class Lens:
-    """The maps between leaves and their coordinates in the subspaces kept."""
-
-    reading: Reading
-    projector: Projector
-    kept: tuple[Kept, ...]
-
-    def down(self, low: Low, leaf: jax.Array) -> jax.Array:
-        """Return the coordinates of a leaf, in its dtype, in the shape `low.low_shape`."""
-
-        def coordinates(leaf, opened):
-            x = opened_for(low, leaf).astype(_leafwise.widen(leaf.dtype))
-            for side, basis in zip(low.sides, opened, strict=True):
-                x = oriented(turnable(x, low, side), side)
-                x = oriented(self.projector.down(basis, x, side.rank), side)
-                x = turnable(x, low, side)
-            return _placed(_close(low, x, low.low_shape).astype(leaf.dtype), low, low.low_shape)
-
-        return partitioned(coordinates, _spec(low, low.low_shape), leaf, self._opened(low))
-
-    def up(self, low: Low, y: jax.Array) -> jax.Array:
-        """Return the leaf with the coordinates y, in their dtype."""
-
-        def leaf_of(y, opened):
-            x = opened_for(low, y).astype(_leafwise.widen(y.dtype))
-            for side, basis in zip(low.sides, opened, strict=True):
-                x = oriented(turnable(x, low, side), side)
-                x = oriented(self.projector.up(basis, x, side.size), side)
-                x = turnable(x, low, side)
-            return _placed(_close(low, x, low.shape).astype(y.dtype), low, low.shape)
-
-        return partitioned(leaf_of, _spec(low, low.shape), y, self._opened(low))
-
-    def raised(self, tree: Any) -> list[Any]:
-        """Return the projected leaves of a tree of coordinates, whole; None for missing ones."""
-        pairs = zip(self.reading.lows, projected(self.reading, tree), strict=True)
-        return [y if y is None else self.up(low, y) for low, y in pairs]
-
-    def lower(self, tree: Any) -> Any:
-        """Return the tree with coordinates in place of its projected leaves."""
-        leaves = checked(self.reading, tree)
-        values = [
-            leaf if leaf is None else self.down(low, leaf)
-            for low, leaf in zip(self.reading.lows, leaves, strict=True)
-        ]
-        return with_projected(self.reading, tree, values)
-
-    def residual(self, low: Low, rule: Callable[..., jax.Array], g: Any, r: Any, n: Any) -> Any:
-        """Return the residual of one leaf, in its dtype, by a rule of `Residual`."""
-        axes = tuple(a for side in low.sides for a in low.axes(side.name))
-        matrix = (*low.view.rows, *low.view.cols)
-
-        def of(*leaves):
-            wide = (x.astype(_leafwise.widen(x.dtype)) for x in leaves)
-            return rule(*wide, axes, matrix).astype(g.dtype)
-
-        return partitioned(of, _spec(low, low.shape), g, self.up(low, r), r, n)
-
-    def _opened(self, low: Low) -> list[Any]:
-        def one(side: Side) -> Any:
-            stored = jax.tree.map(lambda x: x[side.place], self.kept[side.bucket].basis)
-            return placed_everywhere(self.projector.opened(stored, side.size, side.rank), low)
-
-        return [one(side) for side in low.sides]
 
 
 def checked(reading: Reading, tree: Any) -> list[Any]:

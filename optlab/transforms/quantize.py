@@ -14,9 +14,8 @@ from jax.tree_util import GetAttrKey
 
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
-from optlab.distributed.shardings import divided
+from optlab.distributed.shardings import divided, partitioned
 from optlab.linalg.codecs import Codec, Coded
-from optlab.transforms.projection import partitioned
 
 FIRST_MOMENTS = ("mu", "trace", "ema", "momentum", "exp_avg", "m1", "m2")
 SECOND_MOMENTS = ("nu", "nu_max", "sum_of_squares", "exp_avg_sq", "e_g", "e_x")

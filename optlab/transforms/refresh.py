@@ -10,18 +10,17 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from optlab import _checks, _leafwise
+from optlab.distributed.shardings import partitioned
 from optlab.linalg import subspace
-from optlab.transforms.projection import (
-    Bucket,
+from optlab.transforms.lens import (
     Kept,
     Lens,
-    Reading,
     opened_for,
     oriented,
-    partitioned,
     placed_everywhere,
     turnable,
 )
+from optlab.transforms.projection import Bucket, Reading
 from optlab.transforms.subspace import Projector
 
 Measure = Callable[[jax.Array, jax.Array], jax.Array]

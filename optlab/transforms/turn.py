@@ -10,7 +10,8 @@ import optax
 
 from optlab import _checks, _leafwise
 from optlab.transforms import projection
-from optlab.transforms.projection import Kept, Lens, Low, Reading
+from optlab.transforms.lens import Kept, Lens, along, on_coordinates
+from optlab.transforms.projection import Low, Reading
 from optlab.transforms.quantize import QuantizeState
 
 Turn = Callable[[optax.OptState, Callable[..., Any]], optax.OptState]
@@ -52,11 +53,11 @@ def _times(low: Low, changes: Sequence[jax.Array], y: jax.Array, squares: bool) 
     def turned(y, *matrices):
         for side, c in zip(low.sides, matrices, strict=True):
             c = (c * c if squares else c).astype(jnp.promote_types(y.dtype, jnp.float32))
-            y = projection.along(low, side, lambda x, c=c: jnp.matmul(c, x), y)
+            y = along(low, side, lambda x, c=c: jnp.matmul(c, x), y)
         return y
 
     mine = [changes[side.bucket][side.place] for side in low.sides]
-    return projection.on_coordinates(low, turned, y, *mine)
+    return on_coordinates(low, turned, y, *mine)
 
 
 def rotate(state: optax.OptState, into: Callable[..., Any]) -> optax.OptState:

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from optlab import _checks, _leafwise
-from optlab.distributed.shardings import everywhere
+from optlab.distributed.shardings import everywhere, mesh_of
 from optlab.transforms import measures as _measures
-from optlab.transforms.projection import mesh_of
 
 Measure = Callable[[Any, Any, Any], jax.Array]
 """`(updates, new, params) -> scalar`; its `__name__` is the metric's, also within a `partial`."""
