@@ -37,7 +37,7 @@ from optlab.recipes import (
     spam,
     stable_spam,
 )
-from optlab.schedules.shapes import wsd
+from optlab.schedules.plateau import wsd
 from optlab.state import checkpoint
 from optlab.state.evaluation import eval_params
 from optlab.state.memory import compressed_bytes, state_bytes, state_fields
