@@ -1,0 +1,265 @@
+"""AutoLRS: search the learning rate of the next steps, then take them."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from optlab import _checks
+from optlab.controllers._host import Resumable, progress
+from optlab.controllers.forecast import LEAST, forecast_exponential
+
+RunSteps = Callable[[Any, float, int], tuple[Any, Any]]
+"""`(state, learning_rate, n) -> (state after n steps, their n losses)`"""
+
+NAME = "AutoLRS"
+_SHARE = 10  # a trial runs a tenth of the steps it decides about
+_PIECES = 2  # calls of run_steps in the shortest trial
+_CANDIDATES = 257  # rates in the bounds, evenly spaced in the logarithm
+
+
+class Stage(NamedTuple):
+    """One stage of `AutoLRS`: what was tried, what was chosen, and the steps taken with it."""
+
+    learning_rate: float
+    steps: int
+    tried: list[float]  # rates, in the order of trial
+    forecasts: list[float]  # of each; infinite where it diverged
+    losses: np.ndarray  # float64, of the steps taken
+
+
+class AutoLRS(Resumable):
+    """Choose the learning rate stage by stage by Bayesian optimization.
+
+    A stage of tau steps tries `trials` rates for tau/10 steps each, always from the state it began
+    with, forecasts from their losses the loss after tau steps by `forecast_exponential`, and takes
+    the tau steps with the best rate. A Gaussian process (scikit-learn's, Matern 5/2, on the
+    logarithm of the rate) says which rate to try next: the one of the least mean minus
+    `exploration` standard deviations. tau doubles from stage to stage. With 10 trials the search
+    takes as many steps as training itself: twice the time in all.
+
+    `run_steps(state, learning_rate, n)` takes n steps and returns the new state and n losses; state
+    is any tree of arrays: parameters, optimizer state, position in the data. Make the rate an
+    argument of the jitted step (`optax.inject_hyperparams`, or build the optimizer inside jit), so
+    that no rate compiles anything. n is always tau_min/20, apart from a last piece where `run` is
+    given steps that are no multiple of it. States are copied: `run_steps` may donate.
+
+    Args:
+      run_steps: see above.
+      bounds: least and largest rate.
+      tau_min: steps of the first stage, a multiple of 20; 1000 is the code's.
+      tau_max: the last doubling is the last that stays within it.
+      trials: rates tried in each stage, >= 2.
+      exploration: standard deviations below the mean; the code's 1e6 spaces the rates out and
+        hardly looks at what it has found.
+      evaluate: `state -> loss` on validation data. Once tau no longer doubles, trials are judged by
+        it every tau_min/20 steps; where one of its values is not below the stage's first, by the
+        last value instead of a forecast. None: by training losses throughout.
+      seed: of the first rate of every stage.
+      show_progress: draw a bar on the terminal.
+
+    Attributes:
+      learning_rates: the rate of every stage so far; with `tau`, all that `state_dict` saves. Save
+        at the end of a stage, beside the state.
+
+    Raises:
+      ImportError: scikit-learn is not installed: pip install "optlab[controllers]".
+      ValueError: bounds that are no interval of positive numbers; losses of another number than n.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optlab
+      >>> @jax.jit
+      ... def step(p, rate):
+      ...     return p - rate * p, jnp.sum(p * p)
+      >>> def run_steps(p, rate, n):
+      ...     losses = []
+      ...     for _ in range(n):
+      ...         p, loss = step(p, rate)
+      ...         losses.append(float(loss))
+      ...     return p, losses
+      >>> search = optlab.AutoLRS(run_steps, (1e-3, 10.0), tau_min=40, tau_max=40, trials=5)
+      >>> p, stage = search.stage(jnp.ones(2))
+      >>> print(len(stage.tried), 0.05 < stage.learning_rate < 2)
+      5 True
+
+    Deviations:
+      The forecast is fitted without the spline that biases the code's. A trial that diverges counts
+      as the worst of the others for the Gaussian process, not as a loss of 1e6, beside which they
+      would all be alike. The code compares validation losses with the run's first.
+
+    References:
+      Jin, Zhou, Zhao, Zhu, Guo, Canini and Krishnamurthy, AutoLRS: automatic learning-rate schedule
+      by Bayesian optimization on the fly, arXiv:2105.10762, 2021.
+    """
+
+    _saved = ("learning_rates", "tau")
+
+    def __init__(
+        self,
+        run_steps: RunSteps,
+        bounds: tuple[float, float],
+        *,
+        tau_min: int = 1000,
+        tau_max: int = 8000,
+        trials: int = 10,
+        exploration: float = 1e6,
+        evaluate: Callable[[Any], float] | None = None,
+        seed: int = 0,
+        show_progress: bool = False,
+    ):
+        _gaussian_process()
+        _checks.check_callable(NAME, run_steps=run_steps, evaluate=evaluate)
+        _checks.check_steps(NAME, 2, trials=trials)
+        _checks.check_steps(NAME, seed=seed)
+        _checks.check_nonnegative(NAME, exploration=exploration)
+        _checks.check_steps(NAME, _SHARE * _PIECES, tau_min=tau_min)
+        _checks.check_steps(NAME, tau_min, tau_max=tau_max)
+        if tau_min % (_SHARE * _PIECES):
+            must = f"a multiple of {_SHARE * _PIECES}"
+            raise _checks.refusal(ValueError, NAME, "tau_min", must, tau_min)
+        self._rates = _candidates(bounds)
+        self._run_steps, self._evaluate, self._seed = run_steps, evaluate, seed
+        self._tau_max, self._piece = tau_max, tau_min // (_SHARE * _PIECES)
+        self._trials, self._exploration, self._show = trials, exploration, show_progress
+        self.learning_rates: list[float] = []
+        self.tau = tau_min
+
+    def stage(self, state: Any, steps: int | None = None) -> tuple[Any, Stage]:
+        """Search, then take tau steps, or `steps` if these are fewer; return the state and a Stage.
+
+        tau is doubled for the next stage.
+        """
+        taken = self.tau if steps is None else min(steps, self.tau)
+        trials = self._trials * self.tau // _SHARE
+        number = len(self.learning_rates)
+        with progress(NAME, f"stage {number}", trials + taken, self._show) as advance:
+            tried, forecasts = self._search(state, np.random.default_rng([self._seed, number]))
+            best = tried[int(np.argmin(forecasts))] if np.isfinite(forecasts).any() else min(tried)
+            advance(trials)
+            state, losses = self._take(_copy(state), best, taken, advance)
+        self.learning_rates.append(best)
+        if 2 * self.tau <= self._tau_max:
+            self.tau *= 2
+        return state, Stage(best, taken, tried, forecasts, losses)
+
+    def run(self, state: Any, steps: int) -> tuple[Any, list[Stage]]:
+        """Take so many steps in as many stages as they need; return the state and the stages."""
+        stages = []
+        while steps > 0:
+            state, stage = self.stage(state, steps)
+            stages.append(stage)
+            steps -= stage.steps
+        return state, stages
+
+    def _search(self, state: Any, rng: np.random.Generator) -> tuple[list[float], list[float]]:
+        """Return the rates tried and their forecasts."""
+        places = [int(rng.integers(_CANDIDATES))]
+        forecasts = [self._try(state, places[0])]
+        while len(places) < self._trials:
+            places.append(_next(places, forecasts, self._exploration))
+            forecasts.append(self._try(state, places[-1]))
+        return [float(self._rates[place]) for place in places], forecasts
+
+    def _try(self, state: Any, place: int) -> float:
+        """Return the loss that a rate leads to, infinite where it diverges."""
+        steps, rate = self.tau // _SHARE, float(self._rates[place])
+        # Only then is a trial long enough for validation to tell rates apart.
+        if self._evaluate is not None and 2 * self.tau > self._tau_max:
+            losses, horizon = self._validated(state, rate, steps), self.tau / self._piece
+            first, losses = losses[0], losses[1:]
+            if not (losses < first).all():
+                return _finite(losses[-1])
+        else:
+            (_, losses), horizon = self._take(_copy(state), rate, steps), self.tau
+        if not np.isfinite(losses).all():
+            return math.inf
+        if len(losses) < LEAST:
+            return _finite(losses[-1])
+        return forecast_exponential(losses, horizon)
+
+    def _validated(self, state: Any, rate: float, steps: int) -> np.ndarray:
+        """Return validation losses before a trial and after each piece of it."""
+        assert self._evaluate is not None
+        losses, state = [float(self._evaluate(state))], _copy(state)
+        for _ in range(steps // self._piece):
+            state, _ = self._take(state, rate, self._piece)
+            losses.append(float(self._evaluate(state)))
+        return np.asarray(losses)
+
+    def _take(
+        self, state: Any, rate: float, steps: int, advance: Callable[[int], None] | None = None
+    ) -> tuple[Any, np.ndarray]:
+        """Take steps piece by piece, so that `run_steps` sees one n."""
+        found = [np.zeros(0)]
+        for begin in range(0, steps, self._piece):
+            n = min(self._piece, steps - begin)
+            state, losses = self._run_steps(state, rate, n)
+            found.append(np.asarray(losses, np.float64))
+            if found[-1].shape != (n,):
+                must = f"a function that returns (state, losses) with {n} losses"
+                raise _checks.refusal(ValueError, NAME, "run_steps", must, found[-1])
+            if advance is not None:
+                advance(n)
+        return state, np.concatenate(found)
+
+
+def _candidates(bounds: tuple[float, float]) -> np.ndarray:
+    try:
+        low, high = map(float, bounds)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not 0 < low < high < math.inf:
+        must, fix = "two numbers 0 < low < high", " Write for example (1e-5, 1e-1)."
+        raise _checks.refusal(ValueError, NAME, "bounds", must, bounds, fix)
+    return np.geomspace(low, high, _CANDIDATES)
+
+
+def _copy(state: Any) -> Any:
+    arrays = (jax.Array, np.ndarray)
+    return jax.tree.map(lambda x: x.copy() if isinstance(x, arrays) else x, state)
+
+
+def _finite(loss: float) -> float:
+    return float(loss) if math.isfinite(loss) else math.inf
+
+
+def _gaussian_process() -> Any:
+    try:
+        from sklearn import gaussian_process
+    except ImportError:
+        raise ImportError(
+            f"{NAME}: scikit-learn is needed for its Gaussian process, got none installed. "
+            "Install it with pip install 'optlab[controllers]'."
+        ) from None
+    return gaussian_process
+
+
+def _next(places: list[int], forecasts: list[float], exploration: float) -> int:
+    """Return the place, among those not tried, of the least mean minus standard deviations."""
+    gp = _gaussian_process()
+    x = np.linspace(0, 1, _CANDIDATES)[:, None]
+    kernel = gp.kernels.ConstantKernel(1.0) * gp.kernels.Matern(0.3, (0.05, 1.0), nu=2.5)
+    kernel += gp.kernels.WhiteKernel(1e-3, (1e-6, 1e-1))
+    model = gp.GaussianProcessRegressor(kernel, normalize_y=True)
+    with warnings.catch_warnings():
+        # A few points often put a kernel's parameter on the edge of what is sensible.
+        warnings.simplefilter("ignore")
+        model.fit(x[places], _comparable(forecasts))
+    mean, deviation = model.predict(x, return_std=True)
+    bound = mean - exploration * deviation
+    bound[places] = np.inf
+    return int(np.argmin(bound))
+
+
+def _comparable(forecasts: list[float]) -> np.ndarray:
+    """Return the forecasts without what would hide the differences between good ones."""
+    y = np.asarray(forecasts)
+    finite = y[np.isfinite(y)]
+    if not finite.size:
+        return np.zeros(len(y))
+    best, middle = finite.min(), np.median(finite)
+    most = best + 4 * (middle - best) if middle > best else finite.max()
+    return np.minimum(y, most)
