@@ -84,14 +84,14 @@ def _curve(t: ArrayLike, a: float, constant: float, c: float) -> np.ndarray:
 
 def _fit(t: np.ndarray, y: np.ndarray, window: int) -> tuple[float, float, float]:
     """Return a, T and c of the least squares."""
-    low, high = 0.5, _LONGEST * window
+    low, middle, high = 0.5, 1.0, _LONGEST * window
     for _ in range(_ZOOMS):
         constants = np.geomspace(low, high, _GRID)
         best = int(np.argmin(_project(t, y, constants)[0]))
         low, high = constants[max(best - 1, 0)], constants[min(best + 1, _GRID - 1)]
-    constant = constants[best]
-    _, (a,), (c,) = _project(t, y, constants[best : best + 1])
-    return float(a), float(constant), float(c)
+        middle = constants[best]
+    _, (a,), (c,) = _project(t, y, np.array([middle]))
+    return float(a), float(middle), float(c)
 
 
 def _project(t: np.ndarray, y: np.ndarray, constants: np.ndarray) -> tuple[np.ndarray, ...]:

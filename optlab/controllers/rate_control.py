@@ -31,7 +31,7 @@ class HypergradientRateState(NamedTuple):
 
     count: jax.Array  # int32, (): steps taken
     rate: jax.Array  # float32, (): the learning rate of the last step
-    previous: optax.Updates  # the last directions if `previous`, else None
+    previous: Any  # the last directions in the parameters' shapes if `previous`, else None
     inner: optax.OptState
 
     def metrics(self) -> dict[str, jax.Array]:

@@ -75,8 +75,6 @@ class SpectralRate(Resumable):
         self.count += 1
         # Bias corrected: the first measurement counts in full.
         share = (1 - self._smoothing) / (1 - self._smoothing**self.count)
-        ends = ((self.largest, largest), (self.smallest, smallest))
-        self.largest, self.smallest = (
-            (1 - share) * (old or 0.0) + share * new for old, new in ends
-        )
+        self.largest = (1 - share) * (self.largest or 0.0) + share * largest
+        self.smallest = (1 - share) * (self.smallest or 0.0) + share * smallest
         return heavy_ball_optimal(self.largest, self.smallest, floor=self._floor)

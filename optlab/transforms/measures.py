@@ -27,6 +27,18 @@ def gradient_rms(updates: Any, new: Any, params: Any) -> jax.Array:
     return _rms(updates)
 
 
+def gradient_mean_abs(updates: Any, new: Any, params: Any) -> jax.Array:
+    """Return the mean absolute value of all entries that go in: their l1 norm over their number.
+
+    What `optlab.refine_schedule` reads of methods like Adam; `gradient_rms` of methods like SGD.
+    """
+    del new, params
+    # Each entry is divided, not the sum, which may leave float32.
+    share = 1 / max(_entries(updates), 1)
+    sums = _leafwise.scalars("watch", lambda _, g, p: jnp.sum(jnp.abs(g) * share), updates)
+    return jnp.sum(sums)
+
+
 def update_rms(updates: Any, new: Any, params: Any) -> jax.Array:
     """Return the root of the mean square of all entries that come out."""
     del updates, params

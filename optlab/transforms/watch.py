@@ -37,9 +37,10 @@ def watch(
     """Write down numbers about every step of `inner`, for `metrics` to read; change nothing.
 
     Measures are functions (updates, new, params) -> scalar of what goes into `inner`, what comes
-    out, and the parameters. `optlab.measures` has: gradient_rms, update_rms, relative_update,
-    trust_ratio_min, trust_ratio_median, trust_ratio_max, clip_rate, orthogonality_error and
-    nonfinite_entries; any function of yours does as well, and its name becomes the metric's.
+    out, and the parameters. `optlab.measures` has: gradient_rms, gradient_mean_abs, update_rms,
+    relative_update, trust_ratio_min, trust_ratio_median, trust_ratio_max, clip_rate,
+    orthogonality_error and nonfinite_entries; any function of yours does as well, and its name
+    becomes the metric's.
 
     On a TPU (v5e) the size of the gradient is free; that of AdamW's update costs 48 bytes of memory
     traffic per parameter instead of 28.
