@@ -62,7 +62,7 @@ def _percentile(rows: jax.Array, percent: ArrayLike) -> jax.Array:
     return jnp.sum(jnp.where(weights > 0, weights * rows, 0), axis=0, keepdims=True)
 
 
-def _whole(x: jax.Array) -> jax.Array:
+def whole(x: jax.Array) -> jax.Array:
     """Gather the first axis on an Explicit mesh, where a sharded one cannot be sorted."""
     first, *rest = jax.typeof(x).sharding.spec or (None,)
     return x if first is None else jax.sharding.reshard(x, PartitionSpec(None, *rest))
@@ -80,7 +80,7 @@ def _over_axis(name: str, axis: int, fn: Any) -> optax.GradientTransformationExt
                 f"got shape {u.shape}{f' for parameters of {expected}' if params else ''}. "
                 "Compute them with jax.vmap(jax.grad(loss), in_axes=(None, 0))(params, batch)."
             )
-        return (fn(path, _whole(jnp.moveaxis(u, axis, 0))),)
+        return (fn(path, whole(jnp.moveaxis(u, axis, 0))),)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args

@@ -1,0 +1,1 @@
+"""Rules that combine gradients: of tasks (`multitask`), of clients (`federated`, `mesh`)."""
