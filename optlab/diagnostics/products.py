@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+from jax.sharding import PartitionSpec
 
 from optlab import _checks, _leafwise
 from optlab.diagnostics import progress as _progress
@@ -18,6 +19,11 @@ _HVPS = ("forward_over_reverse", "reverse_over_reverse")
 
 # Products of less than float32, a TPU's default, would end the Lanczos vectors' orthogonality.
 exact = partial(jax.default_matmul_precision, "highest")
+
+
+def replicated(kind: Any) -> Any:
+    """Return a NamedTuple of placements everywhere, for `partitioned`."""
+    return kind(*[PartitionSpec()] * len(kind._fields))
 
 
 def check(name: str, loss: Loss, params: Any, hvp: str = _HVPS[0]) -> None:

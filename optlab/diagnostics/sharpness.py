@@ -35,8 +35,8 @@ def _ritz(name, loss, params, batch, preconditioner, key, *, steps, hvp, ticks):
         return lanczos.ritz(matvec, start, steps)
 
     with products.exact():
-        replicated = lanczos.Ritz(*[PartitionSpec()] * 3)
-        return partitioned(run, replicated, params, batch, preconditioner, key)
+        places = products.replicated(lanczos.Ritz)
+        return partitioned(run, places, params, batch, preconditioner, key)
 
 
 @_checks.explain_calls

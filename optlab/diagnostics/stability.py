@@ -6,7 +6,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from optlab import _checks, _leafwise
@@ -144,8 +143,8 @@ def _search(name, loss, params, updates, batch, start, tolerance, *, most):
         return CriticalSharpness(2 / step, step, found.forwards)
 
     with products.exact():
-        replicated = CriticalSharpness(*[PartitionSpec()] * 3)
-        return partitioned(run, replicated, params, updates, batch, start, tolerance)
+        places = products.replicated(CriticalSharpness)
+        return partitioned(run, places, params, updates, batch, start, tolerance)
 
 
 @_checks.explain_calls
