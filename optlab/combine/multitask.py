@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from optlab import _checks, _leafwise
 from optlab.combine import simplex
-from optlab.distributed.shardings import everywhere, partitioned
+from optlab.combine.geometry import geometry, named_leaves, stacked, weighted
 from optlab.transforms.aggregate import whole
 
 
@@ -21,86 +20,6 @@ class Combined(NamedTuple):
 
     weights: jax.Array  # (tasks,): the gradient is their weighted sum
     gradient: Any  # a tree without the tasks' axis
-
-
-class Geometry(NamedTuple):
-    """Lengths and angles of gradients; what is not finite counts as zero."""
-
-    cosines: jax.Array  # (n, n)
-    norms: jax.Array  # (n,), in units of the largest entry of all
-    finite: jax.Array  # (n,), bool
-
-
-def _stacked(name: str, trees: tuple[Any, ...]) -> Any:
-    """Return one tree with the tasks along the first axis of every leaf."""
-    if len(trees) == 1:
-        return trees[0]
-    if not trees:
-        raise TypeError(
-            f"{name}: gradients are needed, got none. Pass one tree with the tasks along the first "
-            "axis of every leaf, or a tree per task."
-        )
-    (tree,) = _leafwise.leafwise(
-        name, lambda _, u, p, *others: (jnp.stack([u, *others]),), trees[0], others=trees[1:]
-    )
-    return tree
-
-
-def _named_leaves(name: str, tree: Any) -> list[tuple[str, jax.Array]]:
-    """Return the leaves, float32 or wider, and refuse what has no axis of tasks."""
-    _leafwise.check_tree(name, tree)
-    pairs, _, _ = _leafwise.aligned(name, tree)
-    leaves = [(path, u) for path, u in pairs if u is not None]
-    counts = [u.shape[:1] for _, u in leaves]
-    for path, u in leaves:
-        if not u.ndim or not len(u) or u.shape[:1] != counts[0]:
-            raise ValueError(
-                f"{name}: leaf '{path}' needs the tasks along its first axis, got shape {u.shape} "
-                f"beside {len(counts)} leaves that start with {counts[0]}. Stack the gradients: "
-                "jax.tree.map(lambda *g: jnp.stack(g), *gradients)."
-            )
-    return [(path, whole(u.astype(_leafwise.widen(u.dtype)))) for path, u in leaves]
-
-
-def _column(values: jax.Array, like: jax.Array) -> jax.Array:
-    return values.reshape(-1, *(1,) * (like.ndim - 1)).astype(like.dtype)
-
-
-def _gram(u: jax.Array) -> jax.Array:
-    axes = tuple(range(1, u.ndim))
-    exact = jax.lax.Precision.HIGHEST
-    contract = lambda u: jax.lax.dot_general(u, u, ((axes, axes), ((), ())), exact)  # noqa: E731
-    return partitioned(contract, PartitionSpec(), u)
-
-
-def _geometry(leaves: list[jax.Array]) -> Geometry:
-    """Measure rows of leaves; each is first divided by its largest entry, so none overflows."""
-    dtype = _leafwise.scalar_dtype(leaves)
-    largest = [jnp.max(jnp.abs(u), axis=tuple(range(1, u.ndim)), initial=0) for u in leaves]
-    size = jnp.max(jnp.stack([everywhere(x).astype(dtype) for x in largest]), axis=0)
-    finite = jnp.isfinite(size)
-    size = jnp.where(finite, size, 0)
-    unit = jnp.where(size > 0, size, 1)
-    rows = [jnp.where(_column(finite, u) > 0, u / _column(unit, u), 0) for u in leaves]
-    gram = sum(_gram(u).astype(dtype) for u in rows)
-    lengths = jnp.sqrt(jnp.diagonal(gram))
-    scale = jnp.where(lengths > 0, lengths, 1)
-    most = jnp.max(size)
-    return Geometry(
-        gram / scale[:, None] / scale[None, :],
-        lengths * (size / jnp.where(most > 0, most, 1)),
-        finite,
-    )
-
-
-def _weighted(name: str, tree: Any, weights: jax.Array) -> Any:
-    """Return the weighted sum over the tasks; what has no weight may be anything."""
-
-    def leaf(_, u, p):
-        w = _column(weights, u)
-        return (jnp.sum(jnp.where(w != 0, w * whole(u), 0), axis=0),)
-
-    return _leafwise.leafwise(name, leaf, tree)[0]
 
 
 def _scales(normalize: str | None, norms: jax.Array, losses: ArrayLike | None) -> jax.Array:
@@ -164,17 +83,19 @@ def mgda(
             f"{name}: losses belong to normalize='loss' and 'loss+', got normalize={normalize!r} "
             f"and losses {'missing' if losses is None else 'given'}. Give both or neither."
         )
-    tree = _stacked(name, gradients)
-    leaves = [u for _, u in _named_leaves(name, tree)]
+    tree = stacked(name, gradients)
+    leaves = [u for _, u in named_leaves(name, tree)]
     if not leaves:
         return Combined(jnp.zeros(0), tree)
-    cosines, norms, finite = _geometry(leaves)
+    cosines, norms, finite = geometry(leaves)
     norms = norms / _scales(normalize, norms, losses)
     weights = simplex.min_norm_weights(cosines, norms, finite & jnp.isfinite(norms))
-    return Combined(weights, _weighted(name, tree, weights))
+    return Combined(weights, weighted(name, tree, weights))
 
 
-def _constraints(gram: jax.Array, toward: jax.Array, balance: jax.Array) -> tuple:
+def _constraints(
+    gram: jax.Array, toward: jax.Array, balance: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return objective, rows and bounds of the two programs of ParetoDA; -inf bounds nothing."""
     helps = toward > 0
     bounds = jnp.where(helps, -jnp.inf, toward)
@@ -236,8 +157,8 @@ def pareto_da(
     """
     name = "pareto_da"
     _checks.check_nonnegative(name, eps=eps)
-    tree = _stacked(name, gradients)
-    named = _named_leaves(name, tree)
+    tree = stacked(name, gradients)
+    named = named_leaves(name, tree)
     if not named:
         return Combined(jnp.zeros(0), tree)
     n = len(named[0][1])
@@ -246,16 +167,16 @@ def pareto_da(
             f"{name}: the gradients must be of at most {simplex.LARGEST_PROGRAM} tasks, got {n}. "
             "Add some of them up, or take optlab.mgda."
         )
-    cosines, norms, finite = _geometry(_beside(name, tree, target_gradient))
+    cosines, norms, finite = geometry(_beside(name, tree, target_gradient))
     gram = cosines * norms[:, None] * norms[None, :]
     usable = finite[:n]
     balance = jnp.asarray(target_loss) > eps
-    program = _constraints(gram[:n, :n], gram[n, :n], balance)
-    weights, found = simplex.best_vertex(*program, usable)
+    objective, rows, bounds = _constraints(gram[:n, :n], gram[n, :n], balance)
+    weights, found = simplex.best_vertex(objective, rows, bounds, usable)
     given = jnp.ones(n) if preference is None else jnp.asarray(preference)
     given = jnp.where(usable, given.astype(weights.dtype), 0)
     weights = jnp.where(found & finite[n], weights, given / jnp.sum(given))
-    return Combined(n * weights, _weighted(name, tree, n * weights))
+    return Combined(n * weights, weighted(name, tree, n * weights))
 
 
 def _beside(name: str, tree: Any, target: Any) -> list[jax.Array]:
@@ -310,7 +231,7 @@ def combine_gradients(
     keywords = _keywords(rule)
 
     def update(updates, state, params=None, **extra_args):
-        named = _named_leaves(name, updates)
+        named = named_leaves(name, updates)
         if params is not None:
             _check_params(name, updates, params)
         if not named:
