@@ -52,6 +52,6 @@ def progress(name: str, what: str, total: int, show: bool) -> Iterator[Callable[
             f"{name}: progress=True needs rich, got none installed. "
             "Install it with pip install 'optlab[controllers]', or leave progress off."
         ) from None
-    with Progress(transient=True) as bars:
+    with Progress() as bars:
         task = bars.add_task(what, total=total)
         yield lambda n: bars.advance(task, n)

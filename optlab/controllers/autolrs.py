@@ -241,8 +241,10 @@ def _next(places: list[int], forecasts: list[float], exploration: float) -> int:
     """Return the place, among those not tried, of the least mean minus standard deviations."""
     gp = _gaussian_process()
     x = np.linspace(0, 1, _CANDIDATES)[:, None]
-    kernel = gp.kernels.ConstantKernel(1.0) * gp.kernels.Matern(0.3, (0.05, 1.0), nu=2.5)
-    kernel += gp.kernels.WhiteKernel(1e-3, (1e-6, 1e-1))
+    # Forecasts are normalized: of an amplitude of their own a few points say too little, and one
+    # near 0 would make the deviation the same everywhere.
+    kernel = gp.kernels.Matern(0.3, (0.1, 1.0), nu=2.5)
+    kernel += gp.kernels.WhiteKernel(1e-2, (1e-4, 1e-1))
     model = gp.GaussianProcessRegressor(kernel, normalize_y=True)
     with warnings.catch_warnings():
         # A few points often put a kernel's parameter on the edge of what is sensible.
