@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from optlab.lab import catalog, config, memory, race
+from optlab.lab import catalog, config, memory, race, schedule
 
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
@@ -132,10 +132,29 @@ class Memory:
                 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Draw a learning-rate schedule in the terminal and as a picture; without NAME list them."""
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME"), Plain] = ""
+    """A schedule of optlab, such as wsd, or of optax."""
+    arguments: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE ..."), Plain
+    ] = ()
+    """Its arguments: numbers, words, lists, calls of other schedules, @FILE of numbers."""
+    steps: Whole = None
+    """Draw so many steps (default: until the value stays, and a tenth more)."""
+    out: Path = None
+    """Where the picture goes (default: runs/schedule-NAME.png)."""
+
+
 def run(argv: list[str]) -> int:
     """Do what the command line says and return the exit code."""
     options = tyro.cli(
-        Race | List | Memory, prog="optlab", args=argv, config=(tyro.conf.FlagCreatePairsOff,)
+        Race | List | Memory | Schedule,
+        prog="optlab",
+        args=argv,
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
     match options:
         case List():
@@ -144,6 +163,12 @@ def run(argv: list[str]) -> int:
         case Memory():
             names = config.split_names(options.optimizers, "memory") if options.optimizers else ()
             memory.show(options.subject(), names)
+            return 0
+        case Schedule(name=""):
+            schedule.show_names()
+            return 0
+        case Schedule():
+            schedule.show(options.name, options.arguments, steps=options.steps, out=options.out)
             return 0
         case Race():
             return _race(options, argv)

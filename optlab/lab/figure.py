@@ -14,13 +14,13 @@ from matplotlib.figure import Figure
 from optlab.lab import report
 
 # Distinguishable with the common colour deficiencies and on a projector; AdamW is the dark one.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7B5BA6", "#8C564B")
-_REFERENCE, _INK, _FAINT = "#1A1A1A", "#333333", "#6B6B6B"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7B5BA6", "#8C564B")
+_REFERENCE, INK, FAINT = "#1A1A1A", "#333333", "#6B6B6B"
 
 
 def _colours(names: list[str]) -> dict[str, str]:
     others = [name for name in names if name != report.REFERENCE]
-    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(others)}
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
     return {report.REFERENCE: _REFERENCE, **colours}
 
 
@@ -50,10 +50,11 @@ def _spread(wanted: list[float], gap: float) -> list[float]:
     return [spots[i] for i in range(len(wanted))]
 
 
-def _style(axes: Axes, xlabel: str, limits: tuple[float, float]) -> None:
+def style(axes: Axes, xlabel: str, limits: tuple[float, float]) -> None:
+    """Give a panel its limits, faint horizontal lines and no frame."""
     axes.set_ylim(*limits)
-    axes.set_xlabel(xlabel, color=_INK, fontsize=12)
-    axes.tick_params(colors=_INK, labelsize=11, length=0)
+    axes.set_xlabel(xlabel, color=INK, fontsize=12)
+    axes.tick_params(colors=INK, labelsize=11, length=0)
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
@@ -87,10 +88,10 @@ def _mark_target(
     target = results["losses"].get(report.REFERENCE, {}).get("final")
     if target is None:
         return
-    axes.plot([0, last], [target, target], color=_FAINT, linewidth=1, linestyle=":", zorder=1)
+    axes.plot([0, last], [target, target], color=FAINT, linewidth=1, linestyle=":", zorder=1)
     axes.annotate(
         "AdamW's final loss", (0, target), xytext=(4, 4), textcoords="offset points",
-        color=_FAINT, fontsize=10.5,
+        color=FAINT, fontsize=10.5,
     )  # fmt: skip
     for name, x in crossed.items():
         if x is not None and name != report.REFERENCE:
@@ -126,9 +127,9 @@ def write(results: dict[str, Any], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6.2), sharey=True)
     if any(steps.values()):
         limits = _limits(results)
-        _style(left, "training steps", limits)
-        _style(right, f"seconds of training on {results['device']}", limits)
-        left.set_ylabel("held-out loss, nats per byte", color=_INK, fontsize=12)
+        style(left, "training steps", limits)
+        style(right, f"seconds of training on {results['device']}", limits)
+        left.set_ylabel("held-out loss, nats per byte", color=INK, fontsize=12)
         _draw(left, results, steps, {n: results["losses"][n]["steps_to_adamw"] for n in names})
         _draw(
             right, results, seconds, {n: results["timings"][n]["seconds_to_adamw"] for n in names}
@@ -149,12 +150,12 @@ def _title(figure: Figure, results: dict[str, Any]) -> None:
     config = results["config"]
     figure.text(
         0.055, 0.935, f"Learning to write {results['text']}",
-        fontsize=19, fontweight="bold", color=_INK,
+        fontsize=19, fontweight="bold", color=INK,
     )  # fmt: skip
     figure.text(
         0.055, 0.885,
         f"Byte-level GPT, {report.millions(results['parameters'])} parameters: the same initial "
         f"weights, batches and schedule ({config['schedule']}) for every optimizer, "
         f"{config['steps']} steps of {config['batch_size'] * config['context']} bytes",
-        fontsize=12, color=_FAINT,
+        fontsize=12, color=FAINT,
     )  # fmt: skip

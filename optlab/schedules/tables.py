@@ -14,7 +14,7 @@ from optlab.schedules import _phases
 
 def _check_values(values: Sequence[float] | np.ndarray | jax.Array) -> np.ndarray:
     try:
-        table = np.asarray(values, np.float64)
+        table = np.array(values, np.float64)
     except (TypeError, ValueError):
         table = np.empty(())
     if table.ndim != 1 or not table.size:
@@ -94,7 +94,7 @@ def branch(
     *,
     end_value: float = 0.0,
 ) -> optax.Schedule:
-    """Cool any schedule from a step: what a finished model of a run that goes on is trained with.
+    """Cool any schedule from a step, for a finished model of a run that goes on.
 
     t <= at_step: schedule(t);  then from schedule(at_step) to end in `decay_steps`, in one of the
     shapes of `wsd`;  and end for ever after.
