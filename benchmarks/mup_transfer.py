@@ -1,0 +1,274 @@
+"""Do rates carry over from narrow to wide? python -m benchmarks.mup_transfer [--smoke]
+
+Two questions about the race's model under Adam, each with muP's multipliers and without, which is
+Flax's standard parametrization:
+
+1. Coordinate check: do activations move as much at width 1024 as at width 64, after four steps?
+2. Where is the best learning rate at each width? Rates are powers of two; the sweep walks downhill
+   until the best rate has a worse one on both sides, and a parabola through the three says where
+   between them the minimum is.
+
+Heads grow in number, of 32 each, so that attention's own scale stays right. Losses go to
+benchmarks/results/mup_transfer.json; what is there already is kept, so the sweep can be stopped and
+gone on with. mup_coordinates.png and mup_rates.png are its pictures. --smoke runs all of it on
+next to nothing and writes to a temporary folder.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from benchmarks.lr_sweep import downhill
+from optlab.diagnostics import page
+from optlab.diagnostics.coordinate_check import (
+    CoordinateProblem,
+    Coordinates,
+    coordinate_check,
+    draw_coordinates,
+)
+from optlab.lab import data, model, optimizers, report, train
+from optlab.lab.config import Config
+from optlab.lab.race import new_config
+from optlab.schedules.layerwise import scale_by_rates
+from optlab.schedules.mup import MupMultipliers, mup_multipliers
+
+RESULTS = Path(__file__).parent / "results"
+KINDS = ("muP", "standard")
+HEAD = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is run: sizes and lengths."""
+
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    check_widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    check_steps: int = 4
+    check_exponent: int = -8
+    first_guess: int = -7
+    sizes: tuple[tuple[str, Any], ...] = (
+        ("layers", 2), ("context", 32), ("batch_size", 16), ("eval_windows", 256),
+        ("steps", 200), ("schedule", "warmup_linear_decay"), ("optimizers", ("adamw",)),
+    )  # fmt: skip
+
+    @property
+    def base(self) -> int:
+        """The width at which all multipliers are 1."""
+        return self.widths[0]
+
+
+SMOKE = Plan(
+    widths=(32, 64),
+    check_widths=(32, 64),
+    check_steps=1,
+    sizes=(*Plan.sizes[:1], ("context", 8), ("batch_size", 2), ("eval_windows", 2), ("steps", 4),
+           *Plan.sizes[5:]),
+)  # fmt: skip
+
+
+def config_of(plan: Plan, width: int, text: bytes) -> Config:
+    return new_config(dict(plan.sizes) | {"width": width, "heads": width // HEAD}, text)
+
+
+def multipliers(plan: Plan, kind: str, width: int, text: bytes) -> MupMultipliers:
+    """Return the factors of one width; those of the standard parametrization are all 1.
+
+    With the readout's own rate in the place of a factor in the model, the race's model is used as
+    it is.
+    """
+    shapes = lambda width: model.abstract(config_of(plan, width, text))[1]  # noqa: E731
+    base = plan.base if kind == "muP" else width
+    return mup_multipliers(shapes(width), shapes(base), shapes(2 * base), readout="rate")
+
+
+def _times(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.multiply, a, b)
+
+
+def activations(structure: Any, params: Any, windows: jax.Array) -> dict[str, jax.Array]:
+    """Return the residual stream after every part of the model, and the logits."""
+    net, tokens = nnx.merge(structure, params), windows[:, :-1].astype(jnp.int32)
+    x = net.token(tokens) + net.position(jnp.arange(tokens.shape[1])[None])
+    found = {"embedding": x}
+    for i, block in enumerate(net.blocks):
+        x = found[f"block {i}"] = block(x)
+    return found | {"logits": net.head(net.norm(x))}
+
+
+def check(plan: Plan, kind: str, text: bytes) -> Coordinates:
+    """Train every width for a few steps and measure its activations."""
+
+    def make(width: int) -> CoordinateProblem:
+        config = config_of(plan, width, text)
+        corpus, mup = data.make_corpus(text, config), multipliers(plan, kind, width, text)
+        structure, _ = model.abstract(config)
+        batch = lambda step: data.batch(corpus.train, 0, step, config)  # noqa: E731
+
+        def init(key: jax.Array) -> Any:
+            fresh = nnx.state(model.GPT(config, rngs=nnx.Rngs(key)), nnx.Param)
+            return _times(fresh, mup.init)
+
+        return CoordinateProblem(
+            init,
+            optax.chain(optax.adam(2.0**plan.check_exponent), scale_by_rates(mup.rates)),
+            lambda params, step: model.loss(structure, params, batch(step)),
+            lambda params: activations(structure, params, batch(jnp.int32(10**6))),
+        )
+
+    return coordinate_check(make, plan.check_widths, steps=plan.check_steps, progress=True)
+
+
+def make_trial(plan: Plan, kind: str, width: int, text: bytes) -> Callable[[int], float | None]:
+    """Return exponent -> held-out loss at the rate 2^exponent, None where it diverged."""
+    config = config_of(plan, width, text)
+    problem, mup = train.make_problem(config, text), multipliers(plan, kind, width, text)
+    unit = optimizers.SCHEDULES[config.schedule](1.0, config.warmup_steps, config.steps)
+
+    @jax.jit
+    def run(params: Any, corpus: jax.Array, peak: jax.Array) -> tuple[Any, jax.Array]:
+        adam = optax.adam(lambda step: peak * unit(step))
+        tx = optax.chain(adam, scale_by_rates(mup.rates))
+        chunk = train.make_chunk(
+            problem.structure, optax.with_extra_args_support(tx), config, config.steps
+        )
+        params = _times(params, mup.init)
+        params, _, losses = chunk(params, tx.init(params), corpus, np.int32(0))
+        return params, losses
+
+    def trial(exponent: int) -> float | None:
+        params, losses = run(problem.params, problem.corpus.train, np.float32(2.0**exponent))
+        loss = problem.evaluate(params)
+        return loss if np.isfinite([*losses, loss]).all() else None
+
+    return trial
+
+
+def sweep(
+    plan: Plan, kind: str, width: int, text: bytes, known: dict[str, float | None],
+    save: Callable[[], None],
+) -> None:  # fmt: skip
+    """Fill `known`, exponent to loss, with what it takes to find the best rate of one width."""
+    trial = functools.cache(lambda: make_trial(plan, kind, width, text))
+
+    def loss(exponent: int) -> float:
+        key = str(exponent)
+        if key not in known:
+            begin = time.perf_counter()
+            known[key] = trial()(exponent)
+            seconds = time.perf_counter() - begin
+            print(f"{kind}, width {width}, 2^{key}: {known[key]} ({seconds:.0f} s)", flush=True)
+            save()
+        found = known[key]
+        return math.inf if found is None else found
+
+    downhill(plan.first_guess, loss)
+
+
+def best_exponent(known: Mapping[str, float | None]) -> float:
+    """Return where the parabola through the best rate and its neighbours is lowest."""
+    losses = {int(key): math.inf if x is None else x for key, x in known.items()}
+    best = min(losses, key=losses.__getitem__)
+    left, mid, right = (losses.get(best + i, math.inf) for i in (-1, 0, 1))
+    if not math.isfinite(left + mid + right) or left + right == 2 * mid:
+        return float(best)
+    return best + (left - right) / (2 * (left + right - 2 * mid))
+
+
+def moves(losses: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Return the factor by which the best rate moves from the first width to the last, by kind."""
+    ends = {kind: [best_exponent(known) for known in of.values()] for kind, of in losses.items()}
+    return {kind: 2.0 ** abs(bests[-1] - bests[0]) for kind, bests in ends.items()}
+
+
+def draw_rates(losses: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Draw the loss over the learning rate, a line per width and a panel per kind."""
+    says = "Held-out loss over Adam's peak rate, a line per width. Ring: the best rate of a width."
+    ends = [x for of in losses.values() for k in of.values() for x in k.values() if x is not None]
+    with page.page(path, "Best learning rate and width", says, (1,) * len(losses)) as axes:
+        for ax, (kind, of) in zip(np.atleast_1d(axes), losses.items(), strict=True):
+            labels = []
+            for (width, known), colour in zip(of.items(), itertools.cycle(page.COLOURS)):
+                line = sorted((int(k), x) for k, x in known.items() if x is not None)
+                exponents, values = zip(*line, strict=True)
+                ax.plot(exponents, values, "o-", color=colour, linewidth=2, markersize=4)
+                best = best_exponent(known)
+                ax.plot(best, min(values), "o", markersize=12, markerfacecolor="none",
+                        markeredgecolor=colour, markeredgewidth=2)  # fmt: skip
+                labels.append((f"{width}  2^{best:.1f}", values[-1], colour))
+            ax.set_xlim(*_span(losses))
+            ax.set_ylim(min(ends) - 0.02, min(max(ends), min(ends) + 1) + 0.02)
+            page.name_axes(ax, "log2 of the learning rate", f"{kind}, nats a byte")
+            page.beside(ax, labels)
+
+
+def _span(losses: Mapping[str, Mapping[str, Any]]) -> tuple[float, float]:
+    found = [int(k) for of in losses.values() for known in of.values() for k in known]
+    return min(found) - 0.3, max(found) + 0.3
+
+
+def _as_json(found: Coordinates) -> dict[str, Any]:
+    lists = {
+        of: {k: x.tolist() for k, x in getattr(found, of).items()} for of in ("size", "change")
+    }
+    slopes = {f"slopes_of_{of}": found.slopes(of) for of in lists}
+    return {"widths": list(found.widths), **lists, **slopes}
+
+
+def _from_json(known: Mapping[str, Any]) -> Coordinates:
+    size, change = ({k: np.array(x) for k, x in known[of].items()} for of in ("size", "change"))
+    return Coordinates(tuple(known["widths"]), size, change)
+
+
+def main(plan: Plan, folder: Path) -> dict[str, Any]:
+    path, text = folder / "mup_transfer.json", data.read_text(None)
+    about = json.loads(json.dumps(dataclasses.asdict(plan) | {"sizes": dict(plan.sizes)}))
+    found: dict[str, Any] = {
+        "plan": about, "versions": report.versions(), "device": report.device(),
+    }  # fmt: skip
+    before = json.loads(path.read_text()) if path.exists() else {}
+    same = all(before.get(key) == found[key] for key in found)
+    found |= {"coordinates": {}, "losses": {}} | (before if same else {})
+
+    def save() -> None:
+        found["moves"] = moves(found["losses"]) if found["losses"] else {}
+        report.write_whole(path, json.dumps(found, indent=1, allow_nan=False) + "\n")
+
+    for kind in KINDS:
+        if kind not in found["coordinates"]:
+            found["coordinates"][kind] = _as_json(check(plan, kind, text))
+            save()
+    draw_coordinates(
+        {kind: _from_json(found["coordinates"][kind]) for kind in KINDS},
+        folder / "mup_coordinates.png",
+    )
+    for kind, width in itertools.product(KINDS, plan.widths):
+        known = found["losses"].setdefault(kind, {}).setdefault(str(width), {})
+        sweep(plan, kind, width, text, known, save)
+    save()
+    draw_rates(found["losses"], folder / "mup_rates.png")
+    for kind in KINDS:
+        slopes = found["coordinates"][kind]["slopes_of_change"]
+        print(f"{kind}: powers of the width {slopes}, best rate moves {found['moves'][kind]:.2f}x")
+    return found
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--smoke"]:
+        with tempfile.TemporaryDirectory() as folder:
+            main(SMOKE, Path(folder))
+    else:
+        main(Plan(), RESULTS)
