@@ -224,8 +224,8 @@ def test_exploring_spaces_the_rates_out_and_exploiting_comes_back_to_the_best():
 def test_the_search_is_silent_and_shows_a_bar_if_asked(capsys):
     search(Quadratic(), trials=2).stage(np.ones(3))
     assert capsys.readouterr() == ("", "")
-    search(Quadratic(), trials=2, show_progress=True).stage(np.ones(3))
-    assert "stage 0" in capsys.readouterr().out
+    search(Quadratic(), trials=2, progress=True).stage(np.ones(3))
+    assert "AutoLRS stage 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

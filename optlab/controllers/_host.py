@@ -1,7 +1,6 @@
-"""What host-side controllers share: how they are saved, and how they show progress."""
+"""What host-side controllers share: how they are saved."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -37,21 +36,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(x) for x in value]
     return value.item() if isinstance(value, np.generic) else value
-
-
-@contextmanager
-def progress(name: str, what: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(n)`, which moves a bar on the terminal, or does nothing."""
-    if not show:
-        yield lambda n: None
-        return
-    try:
-        from rich.progress import Progress
-    except ImportError:
-        raise ImportError(
-            f"{name}: progress=True needs rich, got none installed. "
-            "Install it with pip install 'optlab[controllers]', or leave progress off."
-        ) from None
-    with Progress() as bars:
-        task = bars.add_task(what, total=total)
-        yield lambda n: bars.advance(task, n)

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from optlab import _checks
-from optlab.controllers._host import Resumable, progress
+from optlab.controllers._host import Resumable
 from optlab.controllers.forecast import LEAST, forecast_exponential
+from optlab.diagnostics import progress as _progress
 
 RunSteps = Callable[[Any, float, int], tuple[Any, Any]]
 """`(state, learning_rate, n) -> (state after n steps, their n losses)`"""
@@ -59,7 +60,7 @@ class AutoLRS(Resumable):
         it every tau_min/20 steps; where one of its values is not below the stage's first, by the
         last value instead of a forecast. None: by training losses throughout.
       seed: of the first rate of every stage.
-      show_progress: draw a bar on the terminal.
+      progress: show a bar for every stage.
 
     Attributes:
       learning_rates: the rate of every stage so far; with `tau`, all that `state_dict` saves. Save
@@ -108,7 +109,7 @@ class AutoLRS(Resumable):
         exploration: float = 1e6,
         evaluate: Callable[[Any], float] | None = None,
         seed: int = 0,
-        show_progress: bool = False,
+        progress: bool = False,
     ):
         _gaussian_process()
         _checks.check_callable(NAME, run_steps=run_steps, evaluate=evaluate)
@@ -123,7 +124,7 @@ class AutoLRS(Resumable):
         self._rates = _candidates(bounds)
         self._run_steps, self._evaluate, self._seed = run_steps, evaluate, seed
         self._tau_max, self._piece = tau_max, tau_min // (_SHARE * _PIECES)
-        self._trials, self._exploration, self._show = trials, exploration, show_progress
+        self._trials, self._exploration, self._show = trials, exploration, progress
         self.learning_rates: list[float] = []
         self.tau = tau_min
 
@@ -133,13 +134,12 @@ class AutoLRS(Resumable):
         tau is doubled for the next stage.
         """
         taken = self.tau if steps is None else min(steps, self.tau)
-        trials = self._trials * self.tau // _SHARE
+        pieces = self._trials * (self.tau // _SHARE // self._piece) + math.ceil(taken / self._piece)
         number = len(self.learning_rates)
-        with progress(NAME, f"stage {number}", trials + taken, self._show) as advance:
+        with _progress.bar(self._show, f"{NAME} stage {number}", pieces):
             tried, forecasts = self._search(state, np.random.default_rng([self._seed, number]))
             best = tried[int(np.argmin(forecasts))] if np.isfinite(forecasts).any() else min(tried)
-            advance(trials)
-            state, losses = self._take(_copy(state), best, taken, advance)
+            state, losses = self._take(_copy(state), best, taken)
         self.learning_rates.append(best)
         if 2 * self.tau <= self._tau_max:
             self.tau *= 2
@@ -189,9 +189,7 @@ class AutoLRS(Resumable):
             losses.append(float(self._evaluate(state)))
         return np.asarray(losses)
 
-    def _take(
-        self, state: Any, rate: float, steps: int, advance: Callable[[int], None] | None = None
-    ) -> tuple[Any, np.ndarray]:
+    def _take(self, state: Any, rate: float, steps: int) -> tuple[Any, np.ndarray]:
         """Take steps piece by piece, so that `run_steps` sees one n."""
         found = [np.zeros(0)]
         for begin in range(0, steps, self._piece):
@@ -201,8 +199,7 @@ class AutoLRS(Resumable):
             if found[-1].shape != (n,):
                 must = f"a function that returns (state, losses) with {n} losses"
                 raise _checks.refusal(ValueError, NAME, "run_steps", must, found[-1])
-            if advance is not None:
-                advance(n)
+            _progress.tick(found[-1])
         return state, np.concatenate(found)
 
 

@@ -24,9 +24,10 @@ def refine_schedule(
     Equal norms give linear decay 1 - (t + 1)/T; large norms early on give a warm-up, norms that
     rise towards the end a faster end. The last value is 0.
 
-    Make a schedule of it with `optlab.refined(values)`, times the rate you tune. Norms are recorded
-    by `optlab.watch(tx, [measures.gradient_rms])` for "sgd" and `measures.gradient_mean_abs` for
-    "adam": these are the l2 and l1 norms up to a factor, which normalizing takes out.
+    `optlab.refined(rate * values)` is the schedule of it, with the rate you tune. Norms are
+    recorded by `optlab.watch(tx, [measures.gradient_rms])` for "sgd" and by
+    `measures.gradient_mean_abs` for "adam": these are the l2 and l1 norms up to a factor, which
+    normalizing takes out.
 
     Args:
       grad_norms: one norm per step, or per k steps, finite and > 0; T of them, T >= 2.

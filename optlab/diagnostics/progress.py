@@ -8,7 +8,7 @@ import jax
 _RUNNING: list[Callable[[], None]] = []
 
 
-def tick(after: jax.Array) -> None:
+def tick(after: object) -> None:
     """Move the bar that is shown by one, once `after` is known; for `jax.debug.callback`."""
     del after
     if _RUNNING:
