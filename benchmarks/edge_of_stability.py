@@ -39,14 +39,15 @@ def images() -> tuple[jax.Array, jax.Array]:
     """Return centred images, (IMAGES, 64), and their digits as one-hot rows."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     chosen = np.random.default_rng(SEED).permutation(len(digits.data))[:IMAGES]
     x = np.asarray(digits.data[chosen], np.float32) / 16
     return jnp.asarray(x - x.mean(0)), jax.nn.one_hot(digits.target[chosen], 10)
 
 
 def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.sum((Network().apply(params, x) - y) ** 2, -1)) / 2
+    out: Any = Network().apply(params, x)
+    return jnp.mean(jnp.sum((out - y) ** 2, -1)) / 2
 
 
 @jax.jit

@@ -148,8 +148,8 @@ def noise_scale_tracker(b_small: float, b_big: float, *, decay: float = 0.99) ->
     return NoiseScaleTracker(init, update)
 
 
-def _stacked(name: str, gradients: Any, least: int) -> int:
-    """Return the length of the leading axis that all leaves share."""
+def _stacked(name: str, gradients: Any, least: int) -> None:
+    """Refuse leaves that do not share a leading axis of that length or more."""
     _leafwise.check_tree(name, gradients)
     sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(gradients)}
     if len(sizes) != 1 or sizes == {()}:
@@ -160,7 +160,6 @@ def _stacked(name: str, gradients: Any, least: int) -> int:
     ((count,),) = sizes
     if count < least:
         raise ValueError(f"{name}: at least {least} gradients are needed, got {count}. Stack more.")
-    return count
 
 
 def _wide(tree: Any) -> Any:
@@ -190,6 +189,11 @@ def micro_batch_norms(gradients: Any) -> tuple[jax.Array, jax.Array]:
       5.0 4.0
     """
     _stacked("micro_batch_norms", gradients, 2)
+    return _two_norms(gradients)
+
+
+@jax.jit
+def _two_norms(gradients):
     leaves = jax.tree.leaves(_wide(gradients))
     small = sum(sum_of_squares(g) / g.shape[0] for g in leaves)
     big = sum(sum_of_squares(jnp.mean(g, 0)) for g in leaves)
@@ -226,7 +230,13 @@ def gsnr(gradients: Any) -> Gsnr:
       Liu et al., "Understanding Why Neural Networks Generalize Well Through GSNR of Parameters",
       arXiv:2001.07384, 2020.
     """
-    count = _stacked("gsnr", gradients, 2)
+    _stacked("gsnr", gradients, 2)
+    return _ratios(gradients)
+
+
+@jax.jit
+def _ratios(gradients):
+    count = jax.tree.leaves(gradients)[0].shape[0]
     wide = _wide(gradients)
     mean_sq = jax.tree.map(lambda g: jnp.mean(g, 0) ** 2, wide)
     variance = jax.tree.map(lambda g: jnp.var(g, 0, ddof=1), wide)

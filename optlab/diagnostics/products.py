@@ -40,28 +40,26 @@ def widened(params: Any) -> Any:
     return jax.tree.map(lambda p: p.astype(_leafwise.widen(p.dtype)), params)
 
 
-def scalar_loss(name: str, loss: Loss, batch: tuple) -> Callable[[Any], jax.Array]:
+def scalar_loss(loss: Loss, batch: tuple) -> Callable[[Any], jax.Array]:
     """Return the loss as a function of params alone, which refuses what is no scalar."""
 
     def of_params(params):
         value = loss(params, *batch)
-        if jnp.shape(value) != ():
-            got = type(value).__name__ if jnp.ndim(value) == 0 else f"shape {jnp.shape(value)}"
-            raise ValueError(
-                f"{name}: loss must return a scalar, got {got}. "
-                "Return the mean over the batch, without auxiliary outputs."
-            )
+        if getattr(value, "shape", None) != () and not isinstance(value, float):
+            got = value if hasattr(value, "shape") else type(value).__name__
+            must, fix = "a function that returns a scalar", " Return the mean over the batch alone."
+            raise _checks.refusal(ValueError, "hessian", "loss", must, got, fix)
         return jnp.asarray(value, _leafwise.widen(jnp.result_type(value)))
 
     return of_params
 
 
 def flat_hessian(
-    name: str, loss: Loss, params: Any, batch: tuple, preconditioner: Any, hvp: str, ticks: bool
+    loss: Loss, params: Any, batch: tuple, preconditioner: Any, hvp: str, ticks: bool
 ) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
     """Return v -> P^-1/2 H P^-1/2 v on flat vectors, and the flat parameters."""
     flat, unflat = ravel_pytree(widened(params))
-    of_params = scalar_loss(name, loss, batch)
+    of_params = scalar_loss(loss, batch)
     grad = jax.grad(lambda w: of_params(unflat(w)))
     root = None
     if preconditioner is not None:
@@ -88,7 +86,7 @@ def explained(name: str, hvp: str, run: Callable[[], Any]) -> Any:
     except TypeError as error:
         if hvp == _HVPS[0] and "custom_vjp" in str(error):
             raise TypeError(
-                f"{name}: the loss has a jax.custom_vjp, which has no forward derivative. "
+                f"{name}: the gradient has a jax.custom_vjp, which has no forward derivative. "
                 f'Pass hvp="{_HVPS[1]}".'
             ) from error
         raise

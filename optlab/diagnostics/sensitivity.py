@@ -131,9 +131,14 @@ def logit_sharpness(logits: ArrayLike, labels: ArrayLike, *, eps: ArrayLike = 5e
             f"{name}: labels must have shape {z.shape[:-1]} for logits {z.shape}, got {y.shape}. "
             "Pass one integer per row of logits."
         )
+    return _keskar(z, y, jnp.asarray(eps, z.dtype))
+
+
+@jax.jit
+def _keskar(z, y, eps):
     log_p = jax.nn.log_softmax(z)
     own = jax.nn.one_hot(y, z.shape[-1], dtype=z.dtype)
-    box = jnp.asarray(eps, z.dtype) * (jnp.abs(z) + 1)
+    box = eps * (jnp.abs(z) + 1)
     corner = jnp.where(own > 0, -box, box)
     # The difference of two cross-entropies in one: log(sum p e^d) - d_y, without cancellation.
     growth = jnp.log1p(jnp.sum(jnp.exp(log_p) * jnp.expm1(corner), -1))
@@ -167,7 +172,11 @@ def logit_stats(logits: ArrayLike) -> LogitStats:
     References:
       Wortsman et al., arXiv:2309.14322, 2023, sections 3.1 and 3.2 (numbers from memory).
     """
-    z = _wide(logits)
+    return _stats(_wide(logits))
+
+
+@jax.jit
+def _stats(z):
     log_z = jax.nn.logsumexp(z, -1)
     rms = jnp.sqrt(jnp.mean(z * z))
     return LogitStats(jnp.max(jnp.abs(z)), rms, jnp.mean(log_z), jnp.mean(log_z**2))

@@ -24,13 +24,13 @@ class Trace(NamedTuple):
     samples: jax.Array  # float32, (samples,): z^T H z each; or the n diagonal entries
 
 
-_STATIC = ("name", "loss", "hvp", "ticks")
+_STATIC = ("loss", "hvp", "ticks")
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, "steps"))
-def _ritz(name, loss, params, batch, preconditioner, key, *, steps, hvp, ticks):
+def _ritz(loss, params, batch, preconditioner, key, *, steps, hvp, ticks):
     def run(params, batch, preconditioner, key):
-        matvec, flat = products.flat_hessian(name, loss, params, batch, preconditioner, hvp, ticks)
+        matvec, flat = products.flat_hessian(loss, params, batch, preconditioner, hvp, ticks)
         start = jax.random.normal(key, flat.shape, flat.dtype)
         return lanczos.ritz(matvec, start, steps)
 
@@ -66,7 +66,7 @@ def hessian_spectrum(
       steps: of Lanczos, >= 1; at most as many as there are parameters are taken. (static)
       preconditioner: a tree like `params` of positive entries, the diagonal P: for Adam
         sqrt(nu_hat) + eps. None for the Hessian itself.
-      hvp: reverse_over_reverse for losses with a `jax.custom_vjp`. (static)
+      hvp: reverse_over_reverse if the gradient has no forward derivative. (static)
       key: of the start; `jax.random.key(0)` by default.
       progress: show a bar. (static)
 
@@ -105,7 +105,7 @@ def _spectrum(name, loss, params, batch, steps, preconditioner, hvp, key, progre
     options = {"steps": steps, "hvp": hvp, "ticks": progress}
     total = min(steps, sum(leaf.size for leaf in jax.tree.leaves(params)))
     with _progress.bar(progress, name, total):
-        run = partial(_ritz, name, loss, params, batch, preconditioner, key, **options)
+        run = partial(_ritz, loss, params, batch, preconditioner, key, **options)
         return products.explained(
             name, hvp, lambda: jax.block_until_ready(run()) if progress else run()
         )
@@ -134,7 +134,7 @@ def sharpness(
       *batch: what else the loss takes.
       steps: of Lanczos, >= 1. (static)
       preconditioner: the diagonal P as a tree like `params`, or None.
-      hvp: reverse_over_reverse for losses with a `jax.custom_vjp`. (static)
+      hvp: reverse_over_reverse if the gradient has no forward derivative. (static)
       key: of the start; `jax.random.key(0)` by default.
       progress: show a bar. (static)
 
@@ -162,9 +162,9 @@ def sharpness(
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, "samples"))
-def _quadratic_forms(name, loss, params, batch, key, *, samples, hvp, ticks):
+def _quadratic_forms(loss, params, batch, key, *, samples, hvp, ticks):
     def run(params, batch, key):
-        matvec, flat = products.flat_hessian(name, loss, params, batch, None, hvp, ticks)
+        matvec, flat = products.flat_hessian(loss, params, batch, None, hvp, ticks)
         if samples >= flat.size:
             return jax.lax.map(
                 lambda i: matvec(jnp.zeros_like(flat).at[i].set(1))[i], jnp.arange(flat.size)
@@ -201,7 +201,7 @@ def hessian_trace(
       params: a tree of floating arrays.
       *batch: what else the loss takes.
       samples: how many Hessian-vector products, >= 2. (static)
-      hvp: reverse_over_reverse for losses with a `jax.custom_vjp`. (static)
+      hvp: reverse_over_reverse if the gradient has no forward derivative. (static)
       key: of the signs; `jax.random.key(0)` by default.
       progress: show a bar. (static)
 
@@ -231,7 +231,7 @@ def hessian_trace(
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     with _progress.bar(progress, name, min(samples, count)):
         options = {"samples": min(samples, count), "hvp": hvp, "ticks": progress}
-        run = partial(_quadratic_forms, name, loss, params, batch, key, **options)
+        run = partial(_quadratic_forms, loss, params, batch, key, **options)
         forms = products.explained(name, hvp, run)
         if samples >= count:
             return Trace(jnp.sum(forms), jnp.zeros_like(forms[0]), forms)
@@ -239,11 +239,11 @@ def hessian_trace(
 
 
 @partial(jax.jit, static_argnames=_STATIC)
-def _along_gradient(name, loss, params, batch, *, hvp, ticks):
+def _along_gradient(loss, params, batch, *, hvp, ticks):
     def run(params, batch):
-        matvec, flat = products.flat_hessian(name, loss, params, batch, None, hvp, ticks)
+        matvec, flat = products.flat_hessian(loss, params, batch, None, hvp, ticks)
         unflat = ravel_pytree(products.widened(params))[1]
-        g = jax.grad(lambda w: products.scalar_loss(name, loss, batch)(unflat(w)))(flat)
+        g = jax.grad(lambda w: products.scalar_loss(loss, batch)(unflat(w)))(flat)
         g = g / jnp.where(jnp.any(g != 0), jnp.max(jnp.abs(g)), 1)
         return safe_divide(g @ matvec(g), g @ g)
 
@@ -264,7 +264,7 @@ def gradient_sharpness(
       loss: `loss(params, *batch)`, a scalar.
       params: a tree of floating arrays.
       *batch: what else the loss takes: one mini-batch.
-      hvp: reverse_over_reverse for losses with a `jax.custom_vjp`. (static)
+      hvp: reverse_over_reverse if the gradient has no forward derivative. (static)
 
     Returns:
       float32, (); 0 where the gradient is 0.
@@ -286,5 +286,5 @@ def gradient_sharpness(
     """
     name = "gradient_sharpness"
     products.check(name, loss, params, hvp)
-    run = partial(_along_gradient, name, loss, params, batch, hvp=hvp, ticks=False)
+    run = partial(_along_gradient, loss, params, batch, hvp=hvp, ticks=False)
     return products.explained(name, hvp, run)

@@ -114,14 +114,11 @@ class _Search(NamedTuple):
     forwards: jax.Array
 
 
-_STATIC = ("name", "loss", "most")
-
-
-@partial(jax.jit, static_argnames=_STATIC)
-def _search(name, loss, params, updates, batch, start, tolerance, *, most):
+@partial(jax.jit, static_argnames=("loss", "most"))
+def _search(loss, params, updates, batch, start, tolerance, *, most):
     def run(params, updates, batch, start, tolerance):
         wide, direction = products.widened(params), products.widened(updates)
-        of_params = products.scalar_loss(name, loss, batch)
+        of_params = products.scalar_loss(loss, batch)
         before = of_params(wide)
 
         def goes_on(at):
@@ -205,4 +202,4 @@ def critical_sharpness(
     _checks.check_positive(name, start=start, tolerance=tolerance)
     _checks.check_steps(name, 2, most=most)
     numbers = (jnp.asarray(start, jnp.float32), np.float32(tolerance))
-    return _search(name, loss, params, updates, batch, *numbers, most=most)
+    return _search(loss, params, updates, batch, *numbers, most=most)
