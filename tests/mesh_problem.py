@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from stepping import FULL
 
 import optlab
 from optlab import layout
@@ -103,7 +104,7 @@ def train(tx: Any, problem: Trees, steps: int, *, state: Any = None, first: int 
         updates, state = tx.update(jax.grad(loss)(params, goal, weights), state, params)
         return optax.apply_updates(params, updates), state
 
-    step, params = jax.jit(step), problem.params
+    step, params = jax.jit(step, compiler_options=FULL), problem.params
     state = jax.jit(tx.init)(params) if state is None else state
     at = {first: (params, state)}
     for number in range(first + 1, steps + 1):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from reference import polar as reference
+from stepping import FULL
 
 from optlab.linalg import coefficients, polar
 from optlab.linalg.polar import NewtonSchulz
@@ -61,12 +62,8 @@ def in_float64(f, *arrays):
         return np.asarray(f(*(jnp.asarray(x, "float64") for x in arrays)))
 
 
-# Machine code as users get it: multiply-adds in one rounding.
-FULL = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
-
-
 def in_float32(f, x):
     x = jnp.asarray(x, "float32")
-    found = jax.jit(f).lower(x).compile(FULL)(x)
+    found = jax.jit(f, compiler_options=FULL)(x)
     assert found.dtype == "float32"
     return np.asarray(found, np.float64)

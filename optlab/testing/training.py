@@ -1,9 +1,11 @@
 """Training: small problems to the end, and Flax's own loops with sharding metadata."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding
 
@@ -61,9 +63,9 @@ def check_convergence(case: Case) -> None:
     assert last < 0.01 * first, f"the loss fell from {first:.4g} to {last:.4g} in {steps} steps"
 
 
-@applies(needs=["recipe"])
-def check_nnx_optimizer(case: Case) -> None:
-    """One step of `nnx.Optimizer` on a model with sharded kernels is the step on its arrays."""
+@functools.cache
+def _nnx_model() -> tuple[Any, Any, Any]:
+    """Return a model with sharded kernels, taken apart, and gradients of its parameters."""
     from flax import nnx
 
     class Model(nnx.Module):
@@ -75,25 +77,48 @@ def check_nnx_optimizer(case: Case) -> None:
         def __call__(self, x):
             return self.norm(self.dense(x))
 
-    x = jnp.linspace(-1.0, 1.0, 32).reshape(4, 8)
+    model, x = Model(nnx.Rngs(0)), jnp.linspace(-1.0, 1.0, 32).reshape(4, 8)
+    grads = nnx.jit(nnx.grad(lambda model: jnp.mean((model(x) - 1.0) ** 2)))(model)
+    return *nnx.split(model), grads
+
+
+@applies(needs=["recipe"])
+def check_nnx_optimizer(case: Case) -> None:
+    """One step of `nnx.Optimizer` on a model with sharded kernels is the step on its arrays."""
+    from flax import nnx
+
     # Compiled as in a training loop: op by op, hundreds of collectives are in flight at once, and
     # on a few cores 8 host devices can wait for each other until XLA aborts.
-    grad = nnx.jit(nnx.grad(lambda model: jnp.mean((model(x) - 1.0) ** 2)))
     step = nnx.jit(lambda optimizer, model, grads: optimizer.update(model, grads))
+    arrays = lambda model: nnx.to_pure_dict(nnx.state(model, nnx.Param))  # noqa: E731
     with jax.set_mesh(mesh_of(AxisType.Auto)):
-        model = Model(nnx.Rngs(0))
-        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        *apart, grads = _nnx_model()
+        model = nnx.merge(*apart, copy=True)
+        params, pure = arrays(model), nnx.to_pure_dict(nnx.state(grads))
         optimizer = nnx.Optimizer(model, case.make(), wrt=nnx.Param)
-        grads = grad(model)
-        pure = nnx.to_pure_dict(nnx.state(grads))
         want, _ = jax.jit(case.tx.update)(pure, case.tx.init(params), params)
-        want = jax.tree.map(jnp.add, params, want)
+        want = jax.tree.map(np.add, params, want)
         step(optimizer, model, grads)
-        step(optimizer, model, grad(model))
-        compare.finite(nnx.to_pure_dict(nnx.state(model, nnx.Param)), "NNX parameters, step two")
-        fresh = Model(nnx.Rngs(0))
-        step(nnx.Optimizer(fresh, case.make(), wrt=nnx.Param), fresh, grads)
-    compare.close(nnx.to_pure_dict(nnx.state(fresh, nnx.Param)), want, "NNX parameters", 1e-4)
+        compare.close(arrays(model), want, "NNX parameters", 1e-4)
+        step(optimizer, model, grads)
+        compare.finite(arrays(model), "NNX parameters, step two")
+
+
+@functools.cache
+def _linen_model() -> tuple[Any, Any, Any]:
+    """Return a model, its parameters in boxes that name mesh axes, and their gradients."""
+    from flax import linen as nn
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            kernel = nn.with_partitioning(nn.initializers.lecun_normal(), ("data", "model"))
+            return nn.LayerNorm(name="norm")(nn.Dense(16, kernel_init=kernel, name="dense")(x))
+
+    x, model = jnp.linspace(-1.0, 1.0, 32).reshape(4, 8), Model()
+    boxed = model.init(jax.random.key(0), x)["params"]
+    loss = lambda p: jnp.mean((jnp.asarray(model.apply({"params": p}, x)) - 1.0) ** 2)  # noqa: E731
+    return model, boxed, jax.grad(loss)(boxed)
 
 
 @applies(needs=["recipe"])
@@ -102,25 +127,16 @@ def check_linen_train_state(case: Case) -> None:
     from flax import linen as nn
     from flax.training.train_state import TrainState
 
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            kernel = nn.with_partitioning(nn.initializers.lecun_normal(), ("data", "model"))
-            return nn.LayerNorm(name="norm")(nn.Dense(16, kernel_init=kernel, name="dense")(x))
-
-    x, model, mesh = jnp.linspace(-1.0, 1.0, 32).reshape(4, 8), Model(), mesh_of(AxisType.Auto)
-    boxed = model.init(jax.random.key(0), x)["params"]
+    model, boxed, grads = _linen_model()
     plain: Any = nn.unbox(boxed)
-    loss = lambda p: jnp.mean((jnp.asarray(model.apply({"params": p}, x)) - 1.0) ** 2)  # noqa: E731
-    grads = jax.grad(loss)(plain)
-    want, _ = case.tx.update(grads, case.tx.init(plain), plain)
+    want, _ = case.tx.update(nn.unbox(grads), case.tx.init(plain), plain)
     want = jax.tree.map(jnp.add, plain, want)
-    for params in (plain, boxed):
+    for params, of_params in ((plain, nn.unbox(grads)), (boxed, grads)):
         state = TrainState.create(apply_fn=model.apply, params=params, tx=case.make())
-        new = state.apply_gradients(grads=jax.grad(loss)(params))
+        new = state.apply_gradients(grads=of_params)
         compare.close(nn.unbox(new.params), want, "Linen parameters", 1e-4)
     # Names of axes are copied onto the state: they must fit what they are copied onto.
-    specs = nn.get_partition_spec(state.opt_state)
+    mesh, specs = mesh_of(AxisType.Auto), nn.get_partition_spec(state.opt_state)
     jax.tree.map(
         lambda x, spec: NamedSharding(mesh, spec).shard_shape(jnp.shape(x)),
         nn.unbox(state.opt_state),

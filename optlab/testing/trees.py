@@ -46,8 +46,10 @@ def check_structure_agnostic(case: Case) -> None:
         name: (partial(_one_step, case), *(build(*pair) for pair in trees))
         for name, build in _CONTAINERS.items()
     }
+    program = compare.program(*calls["dict"])
     for name, call in calls.items():
-        compare.same_results(call, calls["dict"], f"leaves in a {name}, against a dict")
+        what = f"leaves in a {name}, against a dict"
+        compare.same_results(call, calls["dict"], what, program)
 
 
 def _with_hole(case: Case, hole) -> None:
