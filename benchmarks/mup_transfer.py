@@ -8,7 +8,9 @@ Flax's standard parametrization:
    until the best rate has a worse one on both sides, and a parabola through the three says where
    between them the minimum is.
 
-Heads grow in number, of 32 each, so that attention's own scale stays right. Losses go to
+Heads grow in number, of 32 each, so that attention's own scale stays right. The readout starts at
+zero in both, as the paper advises: a random one is most of the logits' movement in narrow models
+and fades with the width. Losses go to
 benchmarks/results/mup_transfer.json; what is there already is kept, so the sweep can be stopped and
 gone on with. mup_coordinates.png and mup_rates.png are its pictures. --smoke runs all of it on
 next to nothing and writes to a temporary folder.
@@ -43,7 +45,7 @@ from optlab.diagnostics.coordinate_check import (
 from optlab.lab import data, model, optimizers, report, train
 from optlab.lab.config import Config
 from optlab.lab.race import new_config
-from optlab.schedules.layerwise import scale_by_rates
+from optlab.schedules.layerwise import layerwise_rates, scale_by_rates
 from optlab.schedules.mup import MupMultipliers, mup_multipliers
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,7 +63,7 @@ class Plan:
     check_exponent: int = -8
     first_guess: int = -7
     sizes: tuple[tuple[str, Any], ...] = (
-        ("layers", 2), ("context", 32), ("batch_size", 16), ("eval_windows", 256),
+        ("layers", 2), ("context", 32), ("batch_size", 8), ("eval_windows", 256),
         ("steps", 200), ("schedule", "warmup_linear_decay"), ("optimizers", ("adamw",)),
     )  # fmt: skip
 
@@ -95,8 +97,10 @@ def multipliers(plan: Plan, kind: str, width: int, text: bytes) -> MupMultiplier
     return mup_multipliers(shapes(width), shapes(base), shapes(2 * base), readout="rate")
 
 
-def _times(a: Any, b: Any) -> Any:
-    return jax.tree.map(jnp.multiply, a, b)
+def first_weights(params: Any, mup: MupMultipliers) -> Any:
+    """Return Flax's weights with muP's sizes, and zeros for the readout."""
+    zeros = layerwise_rates(params, {"^head/": 0.0})
+    return jax.tree.map(lambda p, m, z: p * m * z, params, mup.init, zeros)
 
 
 def activations(structure: Any, params: Any, windows: jax.Array) -> dict[str, jax.Array]:
@@ -120,7 +124,7 @@ def check(plan: Plan, kind: str, text: bytes) -> Coordinates:
 
         def init(key: jax.Array) -> Any:
             fresh = nnx.state(model.GPT(config, rngs=nnx.Rngs(key)), nnx.Param)
-            return _times(fresh, mup.init)
+            return first_weights(fresh, mup)
 
         return CoordinateProblem(
             init,
@@ -145,7 +149,7 @@ def make_trial(plan: Plan, kind: str, width: int, text: bytes) -> Callable[[int]
         chunk = train.make_chunk(
             problem.structure, optax.with_extra_args_support(tx), config, config.steps
         )
-        params = _times(params, mup.init)
+        params = first_weights(params, mup)
         params, _, losses = chunk(params, tx.init(params), corpus, np.int32(0))
         return params, losses
 
@@ -196,7 +200,9 @@ def moves(losses: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 def draw_rates(losses: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Draw the loss over the learning rate, a line per width and a panel per kind."""
-    says = "Held-out loss over Adam's peak rate, a line per width. Ring: the best rate of a width."
+    says = (
+        "Held-out loss over Adam's peak rate, nats a byte. Beside each width its best rate, ringed."
+    )
     ends = [x for of in losses.values() for k in of.values() for x in k.values() if x is not None]
     with page.page(path, "Best learning rate and width", says, (1,) * len(losses)) as axes:
         for ax, (kind, of) in zip(np.atleast_1d(axes), losses.items(), strict=True):
@@ -210,8 +216,10 @@ def draw_rates(losses: Mapping[str, Mapping[str, Any]], path: Path) -> None:
                         markeredgecolor=colour, markeredgewidth=2)  # fmt: skip
                 labels.append((f"{width}  2^{best:.1f}", values[-1], colour))
             ax.set_xlim(*_span(losses))
-            ax.set_ylim(min(ends) - 0.02, min(max(ends), min(ends) + 1) + 0.02)
-            page.name_axes(ax, "log2 of the learning rate", f"{kind}, nats a byte")
+            low, high = min(ends), min(max(ends), min(ends) + 1)
+            ax.set_ylim(low - 0.08 * (high - low), high)
+            last = kind == list(losses)[-1]
+            page.name_axes(ax, "log2 of the learning rate" if last else None, kind)
             page.beside(ax, labels)
 
 

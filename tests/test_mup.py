@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks import mup_transfer
 from optlab import layout
 from optlab.diagnostics import coordinate_check as coordinates
 from optlab.schedules.layerwise import scale_by_rates
@@ -219,6 +220,15 @@ def test_an_activation_that_does_not_move_has_no_slope():
     still = coordinates.Coordinates((2, 4), {"x": np.ones((2, 2))}, {"x": np.zeros((2, 2))})
     assert still.slopes() == {"x": pytest.approx(0)}
     assert math.isnan(still.slopes("change")["x"])
+
+
+def test_the_best_rate_lies_where_the_parabola_is_lowest():
+    losses = {str(e): (e + 6.3) ** 2 for e in range(-9, -3)}
+    assert mup_transfer.best_exponent(losses) == pytest.approx(-6.3)
+    assert mup_transfer.best_exponent({"-6": 1.0, "-5": None}) == -6
+    shifted = {str(e): (e + 8.3) ** 2 for e in range(-11, -5)}
+    found = mup_transfer.moves({"muP": {"64": losses, "512": shifted}})
+    assert found == {"muP": pytest.approx(4)}
 
 
 def test_the_picture_is_written(checked, tmp_path):

@@ -202,6 +202,28 @@ def test_the_state_of_frozen_leaves_stands_still_whatever_their_gradients():
     assert np.isfinite(found).all()
 
 
+def test_every_group_gets_its_part_of_a_tree_beside_the_updates():
+    def update(updates, state, params=None, *, by, value, **extra_args):
+        return jax.tree.map(lambda u, b: u * b * value, updates, by), state
+
+    inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    tx = progressive_unfreeze(inner, GROUPS, 1, reverse=True)
+    updates, _ = tx.update(PARAMS, tx.init(PARAMS), by=tree(2.0, 3.0, 4.0), value=0.5)
+    assert kernels(updates) == [1, 1.5, 2]
+
+
+def test_groups_of_an_nnx_model_unfreeze_in_its_optimizer():
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    tx = progressive_unfreeze(optax.adam(0.5), ["kernel", "bias"], 1, strict=True)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    ones = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    start = np.array(model.kernel[...])
+    for moved in (0, 0.5):
+        optimizer.update(model, ones)
+        np.testing.assert_allclose(model.kernel[...], start - moved, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(model.bias[...], [-1, -1], rtol=1e-5)
+
+
 def test_one_program_serves_all_stages():
     tx, traces = progressive_unfreeze(optax.sgd(0.1, momentum=0.9), GROUPS, 1), []
 

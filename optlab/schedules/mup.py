@@ -198,6 +198,8 @@ def mup_multipliers(
                size Flax lets shrink; PyTorch does not, and `layout.output_first` sees none;
       forward  for weights where the model uses them: 1/m for the readout. In a model whose readout
                is tied to the embedding multiply the logits by 1/m yourself.
+    The readout may as well start at zero, which the paper advises: a random one is most of what a
+    narrow model's logits move by, and fades with the width.
     With readout="rate" the model is left as it is (forward is 1) and the readout gets 1/m times the
     rate, also SGD's, and 1/sqrt(m) times the weights (Table 3 of the paper): the same function and
     training, but for Adam's eps.

@@ -52,6 +52,21 @@ def _in_group(index: int, groups: Any) -> Any:
     return mask
 
 
+def _masked(inner: optax.GradientTransformation, mask: Any) -> Any:
+    """Return `optax.masked`, which also takes extra arguments that are trees like the updates."""
+    masked = optax.with_extra_args_support(optax.masked(inner, mask))
+
+    def update(updates, state, params=None, **extra_args):
+        tree, keeps = jax.tree.structure(updates), mask(updates)
+        only = lambda keep, x: x if keep else optax.MaskedNode()  # noqa: E731
+        for key, value in extra_args.items():
+            if tree.num_leaves > 1 and jax.tree.structure(value) == tree:
+                extra_args[key] = jax.tree.map(only, keeps, value)
+        return masked.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(masked.init, update)
+
+
 @_checks.explain_calls
 def progressive_unfreeze(
     inner: optax.GradientTransformation,
@@ -109,8 +124,8 @@ def progressive_unfreeze(
     patterns = compile_groups(_NAME, "groups", groups)
     boundaries, n = _boundaries(steps_per_stage, len(groups)), len(groups)
     # Leaves of no group come last.
-    links = [optax.masked(inner, _in_group(i, patterns)) for i in range(n + 1)]
-    links = [optax.with_extra_args_support(tx) for tx in (links if freeze_state else [inner])]
+    links = [_masked(inner, _in_group(i, patterns)) for i in range(n + 1)]
+    links = links if freeze_state else [optax.with_extra_args_support(inner)]
 
     def init(params):
         _leafwise.check_tree(_NAME, params)
