@@ -279,6 +279,17 @@ def test_a_schedule_drives_an_optimizer_under_jit():
         np.testing.assert_allclose(updates, -_wsd_s(1)(t), rtol=1e-6)
 
 
+def test_the_peak_may_be_injected():
+    made = {
+        "infinite": lambda peak: schedules.infinite(peak, 0.5, 0, 9),
+        "cyclic_cosine": lambda peak: schedules.cyclic_cosine(peak, 9),
+        "damped_cosine": lambda peak: schedules.damped_cosine(peak, 9),
+        "wsd_s": lambda peak: schedules.wsd_s(peak, 0, [9], decay_steps=2),
+    }
+    rates = jax.jit(lambda peak: [make(peak)(0) for make in made.values()])(2.5)
+    np.testing.assert_array_equal(rates, 2.5)
+
+
 HALF = {"constant_value": 0.5, "warmup_steps": 1, "cooldown_steps": 1}
 WRONG = {
     "wsd_too_long": (lambda: schedules.wsd(1.0, 10, 2**31 - 1, 10), "must end by step 2**31 - 1"),
@@ -305,6 +316,10 @@ WRONG = {
             1.0, **HALF, constant_steps=5, anneal_steps=5, end_value=0.0
         ),
         "end_value must be a number > 0",
+    ),
+    "anneal_up": (
+        lambda: schedules.infinite(1.0, **HALF, constant_steps=5, anneal_steps=5, end_value=0.6),
+        "end_value must be at most constant_value, 0.5",
     ),
     "cooldown": (lambda: schedules.infinite(1.0, **HALF, cooldown="cosin"), "mean 'cosine'"),
     "total_in_warmup": (
@@ -346,6 +361,7 @@ WRONG = {
         lambda: schedules.branch(lambda t: 0.0, 9, 9, "exponential", end_value=0.1),
         "schedule(9) must be > 0",
     ),
+    "branch_of_list": (lambda: schedules.branch(lambda t: np.ones(2), 9, 9), "got [1. 1.]"),
     "branch_of_nan": (lambda: schedules.branch(lambda t: float("nan"), 9, 9), "must be a finite"),
 }  # fmt: skip
 

@@ -32,11 +32,19 @@ SHAPES: dict[str, Shape] = {
 }
 
 
-def check_shape(name: str, argument: str, shape: str, **ends: float) -> None:
+def check_shape(name: str, argument: str, shape: str, end_value: float) -> None:
     """Refuse an unknown shape, and one that divides by an end that is zero."""
     _checks.check_choice(name, argument, shape, tuple(SHAPES))
     if shape in ("exponential", "inverse_proportional"):
-        _checks.check_positive(f"{name}({argument}={shape!r})", **ends)
+        _checks.check_positive(f"{name}({argument}={shape!r})", end_value=end_value)
+
+
+def check_most(name: str, argument: str, value: Any, what: str, top: Any) -> None:
+    """Refuse a value above another one, where both are known."""
+    if isinstance(value, jax.Array) or isinstance(top, jax.Array):
+        return  # an injected hyperparameter
+    if value > top:
+        raise _checks.refusal(ValueError, name, argument, f"at most {what}, {top!r}", value)
 
 
 def check_last(name: str, last: int) -> None:

@@ -50,7 +50,7 @@ def infinite(
       constant_steps: N >= 0; None where it never ends.
       anneal_steps: A >= 0; None, the default, never anneals, whatever `constant_steps` says.
       init_value: value at step 0, >= 0.
-      end_value: last value, > 0; needed by `anneal_steps`.
+      end_value: last value, > 0, <= constant_value; needed by `anneal_steps`.
       cooldown: "cosine", "inv_sqrt" or "linear".
       timescale: of inv_sqrt, > 0: the larger, the faster it falls at first.
 
@@ -78,9 +78,9 @@ def infinite(
     _checks.check_nonnegative("infinite", init_value=init_value)
     _checks.check_steps("infinite", 0, warmup_steps=warmup_steps, cooldown_steps=cooldown_steps)
     _checks.check_choice("infinite", "cooldown", cooldown, _COOLDOWNS)
-    if constant_value > peak_value:
-        must = f"at most peak_value, {peak_value!r}"
-        raise _checks.refusal(ValueError, "infinite", "constant_value", must, constant_value)
+    _phases.check_most("infinite", "constant_value", constant_value, "peak_value", peak_value)
+    if anneal_steps is not None and end_value is not None:
+        _phases.check_most("infinite", "end_value", end_value, "constant_value", constant_value)
     begin = _anneal_begin(warmup_steps + cooldown_steps, constant_steps, anneal_steps, end_value)
     shapes = _phases.SHAPES | {"inv_sqrt": _inverse_sqrt(timescale)}
 

@@ -77,7 +77,7 @@ def cyclic_cosine(
     """
     _checks.check_positive("cyclic_cosine", peak_value=peak_value)
     _checks.check_nonnegative("cyclic_cosine", init_value=init_value, end_value=end_value)
-    _check_below("cyclic_cosine", end_value, peak_value)
+    _phases.check_most("cyclic_cosine", "end_value", end_value, "peak_value", peak_value)
     _checks.check_steps("cyclic_cosine", 1, cycle_steps=cycle_steps)
     _checks.check_steps("cyclic_cosine", 0, warmup_steps=warmup_steps)
     grows, share = lambda x: 1 <= x < math.inf, lambda x: 0 < x <= 1
@@ -105,11 +105,6 @@ def _position(since: jax.Array, cycle_steps: int, table: tuple | None) -> tuple:
     starts, lengths = (jnp.asarray(column) for column in table)
     cycle = jnp.searchsorted(starts, since, side="right", method="compare_all") - 1
     return cycle, (since - starts[cycle]) / lengths[cycle]
-
-
-def _check_below(name: str, end_value: float, top: float, what: str = "peak_value") -> None:
-    if end_value > top:
-        raise _checks.refusal(ValueError, name, "end_value", f"at most {what}, {top!r}", end_value)
 
 
 @_checks.explain_calls
@@ -170,7 +165,8 @@ def damped_cosine(
     _checks.check_steps("damped_cosine", 1, num_cycles=num_cycles)
     _checks.check_steps("damped_cosine", 0, warmup_steps=warmup_steps)
     _checks.check_steps("damped_cosine", warmup_steps, decay_steps=decay_steps)
-    _check_below("damped_cosine", end_value, damping * peak_value, "damping * peak_value")
+    lowest = damping * peak_value
+    _phases.check_most("damped_cosine", "end_value", end_value, "damping * peak_value", lowest)
     _phases.check_last("damped_cosine", decay_steps)
 
     def schedule(step: ArrayLike) -> jax.Array:

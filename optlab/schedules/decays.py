@@ -43,7 +43,8 @@ def warmup_linear_decay(
       >>> print([round(float(rate(t)), 2) for t in (0, 5, 10, 60, 110)])
       [0.0, 0.5, 1.0, 0.5, 0.0]
 
-    Deviations: None.
+    Deviations:
+      None.
 
     References:
       Defazio et al., When, why and how much? Adaptive learning rate scheduling by refinement,
@@ -87,7 +88,8 @@ def slanted_triangular(
       >>> print([round(float(rate(t)), 3) for t in (0, 5, 10, 55, 100)])
       [0.001, 0.016, 0.032, 0.016, 0.001]
 
-    Deviations: None.
+    Deviations:
+      None.
 
     References:
       Howard, Ruder, Universal language model fine-tuning for text classification,
@@ -147,6 +149,7 @@ def inverse_power(init_value: float, *, gamma: float = 1e-3, power: float = 0.75
     _checks.check_nonnegative("inverse_power", gamma=gamma, power=power)
 
     def schedule(step: ArrayLike) -> jax.Array:
-        return init_value * (1 + gamma * jnp.asarray(step)) ** -power
+        step = jnp.asarray(step, jnp.result_type(float))
+        return init_value * (1 + gamma * step) ** -power
 
     return schedule

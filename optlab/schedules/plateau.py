@@ -65,7 +65,7 @@ def wsd(
     _checks.check_steps(
         "wsd", 0, warmup_steps=warmup_steps, stable_steps=stable_steps, decay_steps=decay_steps
     )
-    _phases.check_shape("wsd", "decay", decay, end_value=end_value)
+    _phases.check_shape("wsd", "decay", decay, end_value)
     shape, begin = _phases.SHAPES[decay], warmup_steps + stable_steps
     _phases.check_last("wsd", begin + decay_steps)
 
@@ -154,7 +154,7 @@ def wsd_s(
     _checks.check_nonnegative("wsd_s", init_value=init_value, end_value=end_value)
     _checks.check_steps("wsd_s", 0, warmup_steps=warmup_steps)
     _checks.check_range("wsd_s", "a number in (0, 1]", _share, decay_fraction=decay_fraction)
-    _phases.check_shape("wsd_s", "decay", decay, end_value=end_value)
+    _phases.check_shape("wsd_s", "decay", decay, end_value)
     if not isinstance(cycle_ends, Sequence | np.ndarray) or not len(cycle_ends):
         raise _checks.refusal(
             TypeError, "wsd_s", "cycle_ends", "a list of steps", cycle_ends, " Write [1000, 2000]."

@@ -55,7 +55,8 @@ def refined(
       >>> print([round(float(rate(t)), 2) for t in range(6)])
       [0.5, 0.75, 1.0, 0.5, 0.0, 0.0]
 
-    Deviations: None.
+    Deviations:
+      None.
 
     References:
       Defazio et al., When, why and how much? Adaptive learning rate scheduling by refinement,
@@ -74,7 +75,8 @@ def refined(
 
     def schedule(step: ArrayLike) -> jax.Array:
         step = jnp.asarray(step)
-        index = jnp.searchsorted(jnp.asarray(starts), step, side="right") - 1
+        # Unrolled: a loop of scalars would be a kernel for every halving on an accelerator.
+        index = jnp.searchsorted(starts, step, side="right", method="scan_unrolled") - 1
         here = jnp.asarray(table)[index]
         if interpolation == "previous":
             return here
@@ -117,7 +119,8 @@ def branch(
       >>> print([round(float(cooled(t)), 2) for t in (10, 50, 200, 210, 220)])
       [1.0, 0.5, 0.5, 0.25, 0.0]
 
-    Deviations: None.
+    Deviations:
+      None.
 
     References:
       Haegele et al., Scaling laws and compute-optimal training beyond fixed training durations,
@@ -127,13 +130,14 @@ def branch(
     _checks.check_steps("branch", 0, at_step=at_step, decay_steps=decay_steps)
     _checks.check_nonnegative("branch", end_value=end_value)
     with jax.ensure_compile_time_eval():
-        high = float(schedule(at_step))
-    if not 0 <= high < float("inf"):
+        found = np.asarray(schedule(at_step))
+    if found.ndim or not 0 <= found < np.inf:
         raise ValueError(
-            f"branch: schedule({at_step}) must be a finite number >= 0, got {high}. Give another "
-            "at_step."
+            f"branch: schedule({at_step}) must be a finite number >= 0, got {found}. Give another "
+            "at_step, or another schedule."
         )
-    _phases.check_shape("branch", "shape", shape, end_value=end_value)
+    high = float(found)
+    _phases.check_shape("branch", "shape", shape, end_value)
     if shape in ("exponential", "inverse_proportional") and not high:
         raise ValueError(
             f"branch: schedule({at_step}) must be > 0 for the shape {shape!r}, got 0. Write "
