@@ -49,8 +49,12 @@ def _reptile(case: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     period, share, rate = (given.pop(key) for key in ("k", "epsilon", "lr"))
     if given or arrays:
         raise NotImplementedError(f"unknown parameters {sorted(given)}, arrays {sorted(arrays)}")
+    follow(optax.lookahead(optax.sgd(rate), sync_period=period, slow_step_size=share), case)
+
+
+def follow(tx: optax.GradientTransformation, case: dict[str, Any]) -> None:
+    """Compare with the recorded positions; `tx` is given the gradients of its own."""
     curvatures, centres = (np.asarray(case[key], np.float32) for key in ("A", "c"))
-    tx = optax.lookahead(optax.sgd(rate), sync_period=period, slow_step_size=share)
     params = optax.LookaheadParams.init_synced(np.asarray(case["x0"], np.float32))
     state, step = tx.init(params), jax.jit(tx.update)
     for t, expected in enumerate(case["x"]):
