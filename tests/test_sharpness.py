@@ -148,6 +148,21 @@ def test_a_preconditioner_divides_on_both_sides():
     np.testing.assert_allclose(found.values, wanted, atol=1e-5)
 
 
+def test_preconditioned_descent_with_momentum_turns_unstable_at_its_limit():
+    """Adam with its second moments held still, as one matrix on (position, momentum)."""
+    a, p, b = symmetric([0.5, 1.0, 2.0, 4.0]), jnp.array([0.5, 1.0, 4.0, 9.0]), 0.9
+    top = sharpness(quadratic, jnp.ones(4), a, preconditioner=p)
+    rate, eye = float(stability_margin(top, 1.0, momentum=b, form="ema")), np.eye(4)
+
+    def radius(rate):
+        m = (1 - b) * np.asarray(a, "float64")
+        scale = rate * np.diag(1 / np.asarray(p, "float64"))
+        step = np.block([[eye - scale @ m, -b * scale], [m, b * eye]])
+        return np.abs(np.linalg.eigvals(step)).max()
+
+    assert radius(0.999 * rate) < 1 < radius(1.001 * rate)
+
+
 @jax.custom_vjp
 def square(x):
     return x**2
@@ -286,6 +301,11 @@ def test_critical_sharpness_of_lines_that_never_or_always_or_abruptly_rise():
     np.testing.assert_allclose(wall.step, 3, rtol=1e-3)  # the logarithm is NaN beyond
 
 
+class Unhashable(dict):
+    def __call__(self, p):
+        return p.sum()
+
+
 @pytest.mark.parametrize(
     ("call", "kind", "says"),
     [
@@ -297,6 +317,12 @@ def test_critical_sharpness_of_lines_that_never_or_always_or_abruptly_rise():
             r"sharpness: loss must be .* \(3,\)",
         ),
         (lambda: sharpness(3, jnp.ones(3)), TypeError, r"loss must be a function"),
+        (lambda: sharpness(Unhashable(), jnp.ones(3)), TypeError, r"loss must be a hashable func"),
+        (
+            lambda: sharpness(jnp.sum, jnp.ones(3), preconditioner=jnp.ones(2)),
+            ValueError,
+            r"preconditioner must be a tree like params, got \(2,\)",
+        ),
         (lambda: sharpness(jnp.sum, jnp.ones(3), steps=0), ValueError, r"steps must be"),
         (lambda: sharpness(jnp.sum, jnp.ones(3), hvp="forward"), ValueError, r"hvp must be one of"),
         (lambda: hessian_trace(jnp.sum, jnp.ones(3), samples=1), ValueError, r"samples must be"),
@@ -304,7 +330,7 @@ def test_critical_sharpness_of_lines_that_never_or_always_or_abruptly_rise():
         (
             lambda: critical_sharpness(jnp.sum, {"a": jnp.ones(1)}, {"b": jnp.ones(1)}),
             ValueError,
-            r"critical_sharpness: the updates and params are different trees",
+            r"critical_sharpness: updates must be a tree like params, got nothing at 'a'",
         ),
         (
             lambda: critical_sharpness(jnp.sum, jnp.ones(1), jnp.ones(1), start=0),

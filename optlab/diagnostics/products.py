@@ -1,6 +1,6 @@
 """Hessian-vector products of any loss on flat vectors, and what a loss must be."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
 from optlab import _checks, _leafwise
+from optlab import layout as _layout
 from optlab.diagnostics import progress as _progress
 
 Loss = Callable[..., Any]
@@ -29,10 +30,31 @@ def replicated(kind: Any) -> Any:
 def check(name: str, loss: Loss, params: Any, hvp: str = _HVPS[0]) -> None:
     """Refuse by name what has no Hessian."""
     _checks.check_callable(name, loss=loss)
+    if loss is None or not isinstance(loss, Hashable):
+        fix = " A function or a method of a hashable object is compiled once."
+        raise _checks.refusal(TypeError, name, "loss", "a hashable function", loss, fix)
     _checks.check_choice(name, "hvp", hvp, _HVPS)
     _leafwise.check_tree(name, params)
     if not sum(leaf.size for leaf in jax.tree.leaves(params)):
         raise ValueError(f"{name}: params must have entries, got none. Pass the model's weights.")
+
+
+def check_like(name: str, argument: str, tree: Any, params: Any) -> None:
+    """Refuse a tree that has other leaves than params, or of other shapes, by path."""
+    _leafwise.check_tree(name, tree)
+    ours, theirs = _shapes(tree), _shapes(params)
+    for path in [*theirs, *ours]:
+        if ours.get(path) != theirs.get(path):
+            raise ValueError(
+                f"{name}: {argument} must be a tree like params, got {ours.get(path, 'nothing')} "
+                f"at '{path}', where params have {theirs.get(path, 'nothing')}. "
+                "Take it from the optimizer that holds these params."
+            )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {_layout.path_str(path): leaf.shape for path, leaf in flat}
 
 
 def widened(params: Any) -> Any:

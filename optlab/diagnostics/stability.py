@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optlab import _checks, _leafwise
+from optlab import _checks
 from optlab.diagnostics import products
 from optlab.distributed.shardings import partitioned
 
@@ -34,8 +34,9 @@ def stability_limit(
       2 / lr                         without momentum
       2 (1 + b) / lr                 heavy_ball:  v = b v + g,        p -= lr v     (optax.sgd)
       2 (1 + b) / (1 + 2 b) / lr     nesterov:    v = b v + g,        p -= lr (g + b v)
-      2 (1 + b) / (1 - b) / lr       ema:         m = b m + (1-b) g,  p -= lr m / sqrt(P)
-    The last is Adam's with b1, 38 / lr at b1 = 0.9, for `sharpness(..., preconditioner=P's root)`.
+      2 (1 + b) / (1 - b) / lr       ema:         m = b m + (1-b) g,  p -= lr m / P
+    The last is Adam's with b1, 38 / lr at b1 = 0.9, for `sharpness(..., preconditioner=P)` with
+    P = sqrt(nu_hat) + eps held still.
 
     Args:
       learning_rate: > 0; an array gives an array.
@@ -177,7 +178,7 @@ def critical_sharpness(
 
     Raises:
       TypeError: a leaf that is no floating array, by its path.
-      ValueError: the loss returns no scalar.
+      ValueError: the loss returns no scalar; updates of other leaves than params, by path.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -197,8 +198,7 @@ def critical_sharpness(
     """
     name = "critical_sharpness"
     products.check(name, loss, params)
-    _leafwise.check_tree(name, updates)
-    _leafwise.aligned(name, updates, ("params", params))
+    products.check_like(name, "updates", updates, params)
     _checks.check_positive(name, start=start, tolerance=tolerance)
     _checks.check_steps(name, 2, most=most)
     numbers = (jnp.asarray(start, jnp.float32), np.float32(tolerance))
