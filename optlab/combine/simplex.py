@@ -16,8 +16,9 @@ LARGEST_PROGRAM = 7
 
 
 def _exact(fn: F) -> F:
-    """Multiply in full precision, also where TPUs would round to bfloat16."""
+    """Compile once per shape, and multiply in full precision where TPUs would take bfloat16."""
 
+    @jax.jit
     @functools.wraps(fn)
     def wrapper(*args: jax.Array) -> Any:
         with jax.default_matmul_precision("highest"):
@@ -41,8 +42,9 @@ def min_norm_weights(cosines: jax.Array, norms: jax.Array, usable: jax.Array) ->
     least = jnp.min(jnp.where(usable, norms, jnp.inf))
     weights = _of_two(cosines, norms) if n == 2 else _active_set(cosines, norms, least, usable)
     weights = jnp.where(least == 0, _first(usable & (norms == 0), norms), weights)
-    alone = usable.astype(norms.dtype) / jnp.sum(usable)
-    return jnp.where(jnp.sum(usable) < 2, alone, weights)
+    weights = jnp.where(jnp.sum(usable) == 1, usable.astype(norms.dtype), weights)
+    # Written out: XLA makes 0 of a sum of flags over their number where both are 0.
+    return jnp.where(jnp.any(usable), weights, jnp.nan)
 
 
 def _first(mask: jax.Array, like: jax.Array) -> jax.Array:
@@ -53,9 +55,10 @@ def _first(mask: jax.Array, like: jax.Array) -> jax.Array:
 def _of_two(cosines: jax.Array, norms: jax.Array) -> jax.Array:
     p, q = norms / jnp.max(norms)
     inner = p * q * cosines[0, 1]
-    apart = p**2 + q**2 - 2 * inner
-    first = jnp.where(apart > 0, jnp.clip((q**2 - inner) / apart, 0, 1), 0.5)
-    return jnp.stack([first, 1 - first])
+    # Both: the rounding of 1 - w, of a small w times a large gradient, is not small.
+    pulls = jnp.maximum(jnp.stack([q**2 - inner, p**2 - inner]), 0)
+    total = jnp.sum(pulls)
+    return jnp.where(total > 0, pulls / jnp.where(total > 0, total, 1), 0.5)
 
 
 def _active_set(
