@@ -78,9 +78,7 @@ def draw_spectrum(found: Ritz, path: Any) -> None:
         ax.axvline(0, color=page.FAINT, linewidth=1, linestyle=":")
         page.name_axes(ax, "eigenvalue", "share of the spectrum")
         top = int(np.argmax(np.where(kept, values, -np.inf)))
-        page.note(
-            ax, f"sharpness {values[top]:.4g}", (values[top], weights[top]), (-6, 10), "right"
-        )
+        page.beside(ax, [(f"sharpness {values[top]:.4g}", weights[top], page.COLOURS[0])])
 
 
 def draw_trace(found: Trace, path: Any) -> None:
