@@ -6,7 +6,7 @@ Flax's standard parametrization:
 1. Coordinate check: do activations move as much at width 1024 as at width 64, after four steps?
 2. Where is the best learning rate at each width? Rates are powers of two; the sweep walks downhill
    until the best rate has a worse one on both sides, and a parabola through the three says where
-   between them the minimum is.
+   between them the minimum is. Losses are means over two seeds.
 
 Heads grow in number, of 32 each, so that attention's own scale stays right. The readout starts at
 zero in both, as the paper advises: a random one is most of the logits' movement in narrow models
@@ -62,6 +62,7 @@ class Plan:
     check_steps: int = 4
     check_exponent: int = -8
     first_guess: int = -7
+    seeds: tuple[int, ...] = (0, 1)
     sizes: tuple[tuple[str, Any], ...] = (
         ("layers", 2), ("context", 32), ("batch_size", 8), ("eval_windows", 256),
         ("steps", 200), ("schedule", "warmup_linear_decay"), ("optimizers", ("adamw",)),
@@ -76,14 +77,16 @@ class Plan:
 SMOKE = Plan(
     widths=(32, 64),
     check_widths=(32, 64),
-    check_steps=1,
+    check_steps=2,
+    seeds=(0,),
     sizes=(*Plan.sizes[:1], ("context", 8), ("batch_size", 2), ("eval_windows", 2), ("steps", 4),
            *Plan.sizes[5:]),
 )  # fmt: skip
 
 
-def config_of(plan: Plan, width: int, text: bytes) -> Config:
-    return new_config(dict(plan.sizes) | {"width": width, "heads": width // HEAD}, text)
+def config_of(plan: Plan, width: int, text: bytes, seed: int = 0) -> Config:
+    own = {"width": width, "heads": width // HEAD, "seed": seed}
+    return new_config(dict(plan.sizes) | own, text)
 
 
 def multipliers(plan: Plan, kind: str, width: int, text: bytes) -> MupMultipliers:
@@ -136,9 +139,11 @@ def check(plan: Plan, kind: str, text: bytes) -> Coordinates:
     return coordinate_check(make, plan.check_widths, steps=plan.check_steps, progress=True)
 
 
-def make_trial(plan: Plan, kind: str, width: int, text: bytes) -> Callable[[int], float | None]:
+def make_trial(
+    plan: Plan, kind: str, width: int, text: bytes, seed: int
+) -> Callable[[int], float | None]:
     """Return exponent -> held-out loss at the rate 2^exponent, None where it diverged."""
-    config = config_of(plan, width, text)
+    config = config_of(plan, width, text, seed)
     problem, mup = train.make_problem(config, text), multipliers(plan, kind, width, text)
     unit = optimizers.SCHEDULES[config.schedule](1.0, config.warmup_steps, config.steps)
 
@@ -166,18 +171,20 @@ def sweep(
     save: Callable[[], None],
 ) -> None:  # fmt: skip
     """Fill `known`, exponent to loss, with what it takes to find the best rate of one width."""
-    trial = functools.cache(lambda: make_trial(plan, kind, width, text))
+    trial = functools.cache(lambda seed: make_trial(plan, kind, width, text, seed))
 
     def loss(exponent: int) -> float:
         key = str(exponent)
         if key not in known:
             begin = time.perf_counter()
-            known[key] = trial()(exponent)
+            found = [trial(seed)(exponent) for seed in plan.seeds]
+            finite = [loss for loss in found if loss is not None]
+            known[key] = sum(finite) / len(found) if len(finite) == len(found) else None
             seconds = time.perf_counter() - begin
             print(f"{kind}, width {width}, 2^{key}: {known[key]} ({seconds:.0f} s)", flush=True)
             save()
-        found = known[key]
-        return math.inf if found is None else found
+        mean = known[key]
+        return math.inf if mean is None else mean
 
     downhill(plan.first_guess, loss)
 
@@ -215,7 +222,9 @@ def draw_rates(losses: Mapping[str, Mapping[str, Any]], path: Path) -> None:
                 ax.plot(best, min(values), "o", markersize=12, markerfacecolor="none",
                         markeredgecolor=colour, markeredgewidth=2)  # fmt: skip
                 labels.append((f"{width}  2^{best:.1f}", values[-1], colour))
-            ax.set_xlim(*_span(losses))
+            least, most = _span(losses)
+            ax.set_xlim(least - 0.3, most + 0.3)
+            ax.set_xticks(range(least, most + 1))
             low, high = min(ends), min(max(ends), min(ends) + 1)
             ax.set_ylim(low - 0.08 * (high - low), high)
             last = kind == list(losses)[-1]
@@ -223,16 +232,19 @@ def draw_rates(losses: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             page.beside(ax, labels)
 
 
-def _span(losses: Mapping[str, Mapping[str, Any]]) -> tuple[float, float]:
+def _span(losses: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
     found = [int(k) for of in losses.values() for known in of.values() for k in known]
-    return min(found) - 0.3, max(found) + 0.3
+    return min(found), max(found)
 
 
 def _as_json(found: Coordinates) -> dict[str, Any]:
     lists = {
         of: {k: x.tolist() for k, x in getattr(found, of).items()} for of in ("size", "change")
     }
-    slopes = {f"slopes_of_{of}": found.slopes(of) for of in lists}
+    number = lambda x: x if math.isfinite(x) else None  # noqa: E731
+    slopes = {
+        f"slopes_of_{of}": {k: number(x) for k, x in found.slopes(of).items()} for of in lists
+    }
     return {"widths": list(found.widths), **lists, **slopes}
 
 
