@@ -197,7 +197,7 @@ def test_controls_and_momentum_take_away_the_drift_of_local_steps():
     assert drift > 0.2
     assert error(scaffold_m(quadratic, 0.1, server, beta=1.0)) < 1e-4
     assert error(scaffold_m(quadratic, 0.1, server)) < 1e-4
-    assert error(fedavg_m(quadratic, 0.1, server)) < drift / 4
+    assert error(fedavg_m(quadratic, 0.1, server, beta=0.1)) < drift / 4
 
 
 def test_latest_reports_of_all_take_away_the_bias_of_who_comes_often():

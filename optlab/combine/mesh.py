@@ -50,7 +50,7 @@ def clients_on_mesh(rule: Federated, mesh: Mesh, axis_name: str) -> Federated:
       >>> p, batches = jnp.zeros(1), jnp.array([[[1.0]], [[3.0]]])
       >>> p, state = jax.jit(rule.round)(p, rule.init(p, 2), batches)
       >>> print(p)
-      [0.2]
+      [0.8]
     """
     name = "clients_on_mesh"
     if not isinstance(rule, Federated):
