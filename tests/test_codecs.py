@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from reference import coat
 
 from optlab.linalg import blocks, codecs
+from optlab.testing.sharding import mesh_of
 
 # The median error of normal numbers and of lognormal ones (sigma 3) in blocks of 128, as measured:
 # relative.
@@ -171,10 +174,58 @@ def test_blocks_are_whole_axes_or_equal_parts(shape, even, sizes):
 
 
 def test_blocks_hold_neighbours():
-    x = jnp.arange(24.0).reshape(4, 6)
-    tiles = blocks.tiled(x, (2, 3))
-    np.testing.assert_array_equal(tiles[1, :, 0], [[12, 13, 14], [18, 19, 20]])
-    np.testing.assert_array_equal(blocks.untiled(tiles, (4, 6)), x)
+    x, grid = jnp.arange(24.0).reshape(4, 6), blocks.Grid((4, 6), (2, 3))
+    largest = grid.over(jnp.max, x)
+    np.testing.assert_array_equal(largest, [[8, 11], [20, 23]])
+    np.testing.assert_array_equal(grid.spread(largest)[2], [20, 20, 20, 23, 23, 23])
+
+
+IN_TILES = {
+    (64, 512): {"over", "spread", "pack", "unpack"},
+    (2, 64, 384): {"over", "spread"},
+    (64, 300): set(),
+    (32, 512): set(),  # eight devices may hold four rows each
+    (16, 64): set(),
+}
+
+
+@pytest.mark.parametrize("shape", IN_TILES)
+@pytest.mark.parametrize("of", ["over", "spread", "pack", "unpack"])
+def test_tiles_of_a_tpu_give_the_same(of, shape, monkeypatch):
+    grid = blocks.Grid(shape, blocks.tile_sizes(shape, 128, even=True))
+    codes = jnp.asarray(np.random.default_rng(0).integers(0, 16, shape), jnp.uint8)
+    x, largest, pairs = numbers(shape), grid.over(jnp.max, numbers(shape)), grid.pack(codes)
+    calls = {
+        "over": lambda: grid.over(jnp.min, x, jnp.inf),
+        "spread": lambda: grid.spread(largest),
+        "pack": lambda: grid.pack(codes),
+        "unpack": lambda: grid.unpack(pairs),
+    }
+    want, cut, whole = calls[of](), [], blocks._whole
+    monkeypatch.setattr(blocks, "_on_platform", lambda x, fn: fn(x, tiled=True))
+    monkeypatch.setattr(blocks, "_whole", lambda tiles: cut.append(tiles) or whole(tiles))
+    np.testing.assert_array_equal(calls[of](), want)
+    assert bool(cut) == (of in IN_TILES[shape])
+
+
+def test_devices_that_hold_whole_arrays_share_no_rows():
+    mesh = mesh_of(AxisType.Auto, (8,), ("x",))
+    counted = []
+
+    def local(x):
+        counted.append(blocks._most_shards())
+        return x
+
+    jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("x"), out_specs=P("x")))(jnp.zeros(8))
+    assert (counted, blocks._most_shards()) == ([1], 8)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-linear", "int4"])
+@pytest.mark.parametrize("signed", [True, False])
+def test_no_draw_takes_the_largest_beyond_the_last_code(name, signed):
+    codec, x = CODECS[name][0], jnp.asarray([1.0, 0.5])
+    draws = jnp.full(2, 1 - 2.0**-24)
+    assert back(codec, x, signed=signed, uniform=draws)[0] == 1
 
 
 @pytest.mark.parametrize("block", [0, 1.5, True])

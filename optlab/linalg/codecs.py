@@ -55,23 +55,17 @@ class Codec:
         is stored as 0. Rounds to nearest; with `uniform` numbers in [0, 1) of x's shape, up with
         the probability of the fraction.
         """
-        sizes = blocks.tile_sizes(x.shape, self.block, even=self.even)
-        tiles = blocks.tiled(_bounded(x.astype(jnp.float32)), sizes)
-        uniform = None if uniform is None else blocks.tiled(uniform, sizes)
-        codes, *scales = self._encode(tiles, signed, uniform)
-        count = tuple(-(-n // size) for n, size in zip(x.shape, sizes, strict=True))
-        shape = (*x.shape[:-1], codes.shape[-1] * count[-1]) if self.even else x.shape
-        return Coded(blocks.untiled(codes, shape), tuple(s.reshape(count) for s in scales))
+        codes, *scales = self._encode(_bounded(x.astype(jnp.float32)), signed, uniform)
+        return Coded(codes, tuple(scales))
 
     @functools.partial(jax.jit, static_argnames=("self", "length", "signed"))
     def decode(self, coded: Coded, length: int, *, signed: bool = True) -> jax.Array:
         """Return the array in float32; `length` is that of its last axis."""
         shape = (*coded.codes.shape[:-1], length)
-        sizes = blocks.tile_sizes(shape, self.block, even=self.even)
-        of_codes = (*sizes[:-1], sizes[-1] // 2) if self.even else sizes
-        scales = (jnp.expand_dims(s, tuple(range(1, 2 * s.ndim, 2))) for s in coded.scales)
-        tiles = self._decode(blocks.tiled(coded.codes, of_codes), signed, tuple(scales))
-        return blocks.untiled(tiles, shape)
+        return self._decode(coded.codes, signed, coded.scales, self._grid(shape))
+
+    def _grid(self, shape: tuple[int, ...]) -> blocks.Grid:
+        return blocks.Grid(shape, blocks.tile_sizes(shape, self.block, even=self.even))
 
     def _encode(self, x: jax.Array, signed: bool, uniform: jax.Array | None) -> tuple:
         raise NotImplementedError
@@ -85,18 +79,15 @@ def _bounded(x: jax.Array) -> jax.Array:
     return jnp.clip(jnp.nan_to_num(x), -_LARGEST, _LARGEST)
 
 
-def _over_tiles(reduce, x: jax.Array) -> jax.Array:
-    return reduce(x, axis=tuple(range(1, x.ndim, 2)), keepdims=True)
-
-
-def _relative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _relative(x: jax.Array, grid: blocks.Grid) -> tuple[jax.Array, jax.Array]:
     """Return x over the largest magnitude of its block, and that magnitude."""
-    largest = _over_tiles(jnp.max, jnp.abs(x))
-    return x / jnp.where(largest > 0, largest, 1), largest
+    largest = grid.over(jnp.max, jnp.abs(x))
+    return x / grid.spread(jnp.where(largest > 0, largest, 1)), largest
 
 
-def _rounded(x: jax.Array, uniform: jax.Array | None) -> jax.Array:
-    return jnp.round(x) if uniform is None else jnp.floor(x + uniform)
+def _rounded(x: jax.Array, uniform: jax.Array | None, top: int) -> jax.Array:
+    """Return codes; top + 0.9999999 is top + 1 in float32, which would be the code of -top."""
+    return jnp.round(x) if uniform is None else jnp.minimum(jnp.floor(x + uniform), top)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,20 +97,21 @@ class Fp8(Codec):
     expand: bool = True
 
     def _encode(self, x, signed, uniform):
-        relative, largest = _relative(x)
+        grid = self._grid(x.shape)
+        relative, largest = _relative(x, grid)
         if not self.expand:
             return _e4m3(_TOP * relative, uniform), largest
-        power = _power(jnp.abs(x), largest)
+        power = _power(jnp.abs(x), largest, grid)
         # COAT keeps a centre c and a scale s as well; in 448 (|x|/max)^k both cancel.
-        raised = jnp.sign(x) * jnp.exp(_exponent(power) * jnp.log(jnp.abs(relative)))
+        raised = jnp.sign(x) * jnp.exp(grid.spread(_exponent(power)) * jnp.log(jnp.abs(relative)))
         return _e4m3(_TOP * raised, uniform), largest, power
 
-    def _decode(self, codes, signed, scales):
+    def _decode(self, codes, signed, scales, grid):
         largest, *power = scales
         y = codes.astype(jnp.float32) / _TOP
         if power:
-            y = jnp.sign(y) * jnp.exp(jnp.log(jnp.abs(y)) / _exponent(power[0]))
-        return largest * y
+            y = jnp.sign(y) * jnp.exp(jnp.log(jnp.abs(y)) / grid.spread(_exponent(power[0])))
+        return grid.spread(largest) * y
 
 
 _LARGEST = 2.0**126
@@ -127,9 +119,9 @@ _TOP = 448.0  # largest number of e4m3
 _RANGE = _TOP * _TOP / 2  # COAT's kernel: the smallest entry lands on 2.3 of e4m3's smallest steps
 
 
-def _power(magnitudes: jax.Array, largest: jax.Array) -> jax.Array:
+def _power(magnitudes: jax.Array, largest: jax.Array, grid: blocks.Grid) -> jax.Array:
     """Return 16 k as uint16: k = floor(16 log(range)/log(max/min))/16, min over what is not 0."""
-    smallest = _over_tiles(jnp.min, jnp.where(magnitudes > 0, magnitudes, jnp.inf))
+    smallest = grid.over(jnp.min, jnp.where(magnitudes > 0, magnitudes, jnp.inf), jnp.inf)
     spread = jnp.log2(largest) - jnp.log2(smallest)
     sixteenths = jnp.floor(16 * np.log2(_RANGE).astype(np.float32) / spread)
     # Of one magnitude only, or none, spread is 0 or no number: any power does.
@@ -164,24 +156,25 @@ class Linear(Codec):
         return self.bits == 4
 
     def _encode(self, x, signed, uniform):
-        relative, largest = _relative(x)
+        grid = self._grid(x.shape)
+        relative, largest = _relative(x, grid)
         top = self._top(signed)
         if signed:
-            codes = _rounded(top * relative, uniform)
+            codes = _rounded(top * relative, uniform, top)
         else:
-            codes = _without_zero(_rounded(top * jnp.sqrt(relative), uniform), relative)
+            codes = _without_zero(_rounded(top * jnp.sqrt(relative), uniform, top), relative)
         if not self.even:
             return codes.astype(jnp.int8 if signed else jnp.uint8), largest
-        return blocks.packed(codes.astype(jnp.int8).astype(jnp.uint8) & 15), largest
+        return grid.pack(codes.astype(jnp.int8).astype(jnp.uint8) & 15), largest
 
-    def _decode(self, codes, signed, scales):
+    def _decode(self, codes, signed, scales, grid):
         (largest,) = scales
         if self.even:
-            codes = blocks.unpacked(codes)
+            codes = grid.unpack(codes)
             # Two's complement of 4 bits: the upper half stands for the negative numbers.
             codes = codes.astype(jnp.int32) - 16 * (codes > 7) if signed else codes
         y = codes.astype(jnp.float32) / self._top(signed)
-        return largest * (y if signed else y * y)
+        return grid.spread(largest) * (y if signed else y * y)
 
     def _top(self, signed: bool) -> int:
         return 2 ** (self.bits - 1) - 1 if signed else 2**self.bits - 1
@@ -197,18 +190,15 @@ class Dynamic(Codec):
     """Steps that grow with the number: seven decades of max, the upper ones cut more finely."""
 
     def _encode(self, x, signed, uniform):
-        relative, largest = _relative(x)
-        values, places = _knots(signed)
-        place = _rounded(_interpolated(jnp.abs(relative), values, places), uniform)
+        relative, largest = _relative(x, self._grid(x.shape))
+        code = _rounded(_place(jnp.abs(relative), signed), uniform, 127 if signed else 255)
         if signed:
-            return (jnp.sign(x) * place).astype(jnp.int8), largest
-        return _without_zero(place, relative).astype(jnp.uint8), largest
+            return (jnp.sign(x) * code).astype(jnp.int8), largest
+        return _without_zero(code, relative).astype(jnp.uint8), largest
 
-    def _decode(self, codes, signed, scales):
+    def _decode(self, codes, signed, scales, grid):
         (largest,) = scales
-        values, places = _knots(signed)
-        y = codes.astype(jnp.float32)
-        return largest * jnp.sign(y) * _interpolated(jnp.abs(y), places, values)
+        return grid.spread(largest) * _meaning(codes.astype(jnp.float32), signed)
 
 
 def dynamic_map(*, signed: bool) -> np.ndarray:
@@ -225,21 +215,41 @@ def dynamic_map(*, signed: bool) -> np.ndarray:
 
 
 @functools.cache
-def _knots(signed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return where the map's steps change, as values and as codes: it is linear in between."""
+def _lines(signed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return slopes and heights at 0 of the lines through the map's codes over its numbers."""
     values = dynamic_map(signed=signed)
-    steps = np.diff(values)
-    changes = 1 + np.flatnonzero(~np.isclose(steps[1:], steps[:-1]))
-    bends = np.concatenate([[0], changes, [len(values) - 1]])
-    return values[bends], bends.astype(np.float64)
+    slopes = 1 / np.diff(values)
+    heights = np.arange(len(slopes)) - slopes * values[:-1]
+    changes = np.flatnonzero(np.append(True, ~np.isclose(slopes[1:], slopes[:-1])))
+    return slopes[changes].astype(np.float32), heights[changes].astype(np.float32)
 
 
-def _interpolated(x: jax.Array, xs: np.ndarray, ys: np.ndarray) -> jax.Array:
-    """Return the piecewise linear function through the knots: sums, which fuse; no search."""
-    slopes = np.diff(ys) / np.diff(xs)
-    low, high, slopes = (v.astype(np.float32) for v in (xs[:-1], xs[1:], slopes))
-    parts = ((jnp.clip(x, a, b) - a) * s for a, b, s in zip(low, high, slopes, strict=True))
-    return functools.reduce(jnp.add, parts)
+def _place(x: jax.Array, signed: bool) -> jax.Array:
+    """Return where numbers in [0, 1] lie among the codes: the map is linear in between.
+
+    Steps grow with x, so the lowest line is the one: no search. Only the last step without a sign
+    is half the one before.
+    """
+    slopes, heights = _lines(signed)
+    *lower, last = (slope * x + height for slope, height in zip(slopes, heights, strict=True))
+    lowest = functools.reduce(lambda a, b: jnp.where(b < a, b, a), lower)
+    return jnp.where((last < lowest) == signed, last, lowest)
+
+
+def _meaning(codes: jax.Array, signed: bool) -> jax.Array:
+    """Return what codes stand for, by arithmetic that a table look-up would take longer for.
+
+    With p = 2^i the largest power of two <= c and a sign, 10^(i - 7) (1 + 9 (c - p + 1/2)/p) is
+    5^i (9 c - 8 p + 4.5)/10^7; without one, the same of c + 1 and half of it.
+    """
+    c = jnp.abs(codes) if signed else codes + 1
+    bits = jax.lax.bitcast_convert_type(c, jnp.uint32) & np.uint32(0x7F800000)
+    power = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    i = (bits >> 23) - np.uint32(127 if signed else 128)
+    fives = jnp.where(i & 1, 5.0, 1.0) * jnp.where(i & 2, 25.0, 1.0) * jnp.where(i & 4, 625.0, 1.0)
+    y = fives * (9 * c - 8 * power + 4.5) * (1e-7 if signed else 0.5e-7)
+    y = jnp.where(c == (127 if signed else 256), 1.0, y)
+    return jnp.sign(codes) * y if signed else jnp.where(codes > 0, y, 0)
 
 
 def fp8(*, block: int = 128, expand: bool = True) -> Codec:
