@@ -238,18 +238,19 @@ def _span(losses: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
 
 
 def _as_json(found: Coordinates) -> dict[str, Any]:
-    lists = {
-        of: {k: x.tolist() for k, x in getattr(found, of).items()} for of in ("size", "change")
-    }
-    number = lambda x: x if math.isfinite(x) else None  # noqa: E731
-    slopes = {
-        f"slopes_of_{of}": {k: number(x) for k, x in found.slopes(of).items()} for of in lists
-    }
+    number = lambda x: float(x) if np.isfinite(x) else None  # noqa: E731
+    lists, slopes = {}, {}
+    for of in ("size", "change"):
+        values = getattr(found, of)
+        lists[of] = {k: [[number(n) for n in row] for row in x] for k, x in values.items()}
+        slopes[f"slopes_of_{of}"] = {k: number(x) for k, x in found.slopes(of).items()}
     return {"widths": list(found.widths), **lists, **slopes}
 
 
 def _from_json(known: Mapping[str, Any]) -> Coordinates:
-    size, change = ({k: np.array(x) for k, x in known[of].items()} for of in ("size", "change"))
+    size, change = (
+        {k: np.array(x, float) for k, x in known[of].items()} for of in ("size", "change")
+    )
     return Coordinates(tuple(known["widths"]), size, change)
 
 

@@ -231,8 +231,11 @@ def test_the_best_rate_lies_where_the_parabola_is_lowest():
     assert found == {"muP": pytest.approx(4)}
 
 
-def test_the_picture_is_written(checked, tmp_path):
-    coordinates.draw_coordinates(checked, tmp_path / "check.png")
+def test_the_picture_is_written_whatever_diverged(checked, tmp_path):
+    wild = np.array([[0.0, 1.0], [0.0, np.nan]])
+    diverged = coordinates.Coordinates((16, 256), {"out": wild}, {"out": wild})
+    runs = checked | {"too fast": diverged}
+    coordinates.draw_coordinates(runs, tmp_path / "check.png")
     assert (tmp_path / "check.png").read_bytes().startswith(b"\x89PNG")
 
 

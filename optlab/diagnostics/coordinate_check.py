@@ -151,7 +151,8 @@ def draw_coordinates(runs: Mapping[str, Coordinates], path: Any, of: str = "chan
     says = f"Mean {what}, after the last step. Beside each name: the power of the width; 0 is flat."
     values = {name: getattr(run, of) for name, run in runs.items()}
     last = np.array([x[:, -1] for tree in values.values() for x in tree.values()])
-    shown = last[last > 0] if (last > 0).any() else np.ones(1)
+    good = np.isfinite(last) & (last > 0)
+    shown = last[good] if good.any() else np.ones(1)
     with page.page(path, "Coordinate check", says, (1,) * len(runs)) as axes:
         for ax, (name, run) in zip(np.atleast_1d(axes), runs.items(), strict=True):
             ax.set_xscale("log", base=2)
@@ -166,6 +167,7 @@ def _panel(ax: Any, run: Coordinates, values: Mapping[str, np.ndarray], slopes: 
     labels = []
     for (label, x), colour in zip(values.items(), itertools.cycle(page.COLOURS)):
         ax.plot(run.widths, x[:, -1], "o-", color=colour, linewidth=2, markersize=5)
-        labels.append((f"{label}  {slopes[label]:+.2f}", float(x[-1, -1]), colour))
+        if np.isfinite(x[-1, -1]):
+            labels.append((f"{label}  {slopes[label]:+.2f}", float(x[-1, -1]), colour))
     ax.set_xticks(run.widths, [str(width) for width in run.widths])
     page.beside(ax, labels)
