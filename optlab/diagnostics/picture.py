@@ -145,7 +145,8 @@ def draw_gsnr(found: Gsnr, path: Any) -> None:
     """Draw how the signal-to-noise ratio spreads over the coordinates of every leaf.
 
     Args:
-      found: of `gsnr`. Of more than 24 leaves the largest are drawn.
+      found: of `gsnr`. Of more than 24 leaves the largest are drawn. A leaf whose median is 0, as
+        an embedding's of which most rows had no gradient, has a line from the left and no dot.
       path: the file to write.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(found.coordinates)
@@ -155,7 +156,9 @@ def draw_gsnr(found: Gsnr, path: Any) -> None:
     with page.page(path, "Gradient signal-to-noise ratio", says) as ax:
         for row, (_, x) in enumerate(reversed(shown)):
             ratios = np.asarray(x, float).ravel()
-            low, first, mid, third, high = np.quantile(ratios, (0.1, 0.25, 0.5, 0.75, 0.9))
+            parts = (0.1, 0.25, 0.5, 0.75, 0.9)
+            # The nearest entry: between two infinite ones there is nothing to interpolate.
+            low, first, mid, third, high = np.quantile(ratios, parts, method="nearest")
             ax.plot((low, high), (row, row), color=page.COLOURS[5], linewidth=1.5)
             ax.plot((first, third), (row, row), color=page.COLOURS[0], linewidth=5, alpha=0.5)
             ax.plot(mid, row, "o", color=page.COLOURS[0], markersize=7)
