@@ -202,6 +202,34 @@ def test_a_validation_loss_that_rises_is_taken_as_it_is():
     assert run._try(np.ones(3), 0) == 0.7
 
 
+def test_a_jump_that_decays_is_not_taken_for_progress():
+    t = np.arange(40.0)
+    trials = {
+        "falls": 3 - 0.01 * t,
+        "jumps": np.where(t < 12, 3.0, 3 + 2 * np.exp(-(t - 12) / 8)),
+    }
+    found = {}
+    for name, losses in trials.items():
+        given = iter([losses[i : i + 20] for i in (0, 20)])
+        run = AutoLRS(lambda x, r, n, g=given: (x, next(g)), (0.1, 1.0), tau_min=400, tau_max=400)
+        found[name] = run._try(np.ones(1), 0)
+    assert forecast_exponential(trials["jumps"][12:], 400) == pytest.approx(3, abs=0.01)
+    assert found["jumps"] == pytest.approx(trials["jumps"][-10:].mean())
+    assert found["falls"] < 2.6
+
+
+def test_it_looks_no_further_ahead_than_asked():
+    losses = 3 - 0.01 * np.arange(40)
+    near, far = (
+        AutoLRS(lambda x, r, n: (x, losses), (0.1, 1.0), tau_min=400, tau_max=400, lookahead=ahead)
+        for ahead in (1.0, 10.0)
+    )
+    for run in (near, far):
+        run._piece = 40
+    assert near._try(np.ones(1), 0) == pytest.approx(2.6, abs=0.03)
+    assert far._try(np.ones(1), 0) < 2.3
+
+
 def test_if_every_rate_diverges_the_smallest_is_taken():
     def run_steps(x, rate, n):
         return x, [np.nan] * n
@@ -237,6 +265,7 @@ def test_the_search_is_silent_and_shows_a_bar_if_asked(capsys):
         ({"tau_max": 20}, "tau_max must be a whole number >= 40"),
         ({"trials": 1}, "trials must be a whole number >= 2"),
         ({"exploration": -1.0}, "exploration must be a number >= 0"),
+        ({"lookahead": 0.5}, "lookahead must be a number >= 1"),
         ({"evaluate": 1}, "evaluate must be a function or None"),
     ],
 )

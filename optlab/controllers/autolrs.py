@@ -28,7 +28,7 @@ class Stage(NamedTuple):
     learning_rate: float
     steps: int
     tried: list[float]  # rates, in the order of trial
-    forecasts: list[float]  # of each; infinite where it diverged
+    forecasts: list[float]  # losses, of each; infinite where it diverged
     losses: np.ndarray  # float64, of the steps taken
 
 
@@ -37,10 +37,12 @@ class AutoLRS(Resumable):
 
     A stage of tau steps tries `trials` rates for tau/10 steps each, always from the state it began
     with, forecasts from their losses the loss after tau steps by `forecast_exponential`, and takes
-    the tau steps with the best rate. A Gaussian process (scikit-learn's, Matern 5/2, on the
-    logarithm of the rate) says which rate to try next: the one of the least mean minus
-    `exploration` standard deviations. tau doubles from stage to stage. With 10 trials the search
-    takes as many steps as training itself: twice the time in all.
+    the tau steps with the best rate. Losses that do not fall are not extrapolated: where one of
+    the last three quarters of a trial is not below the first on average (one validation loss, not
+    below that before the trial), the mean of the last quarter counts. A Gaussian process
+    (scikit-learn's, Matern 5/2, on the logarithm of the rate) says which rate to try next: the one
+    of the least mean minus `exploration` standard deviations. tau doubles from stage to stage. With
+    10 trials the search takes as many steps as training itself: twice the time in all.
 
     `run_steps(state, learning_rate, n)` takes n steps and returns the new state and n losses; state
     is any tree of arrays: parameters, optimizer state, position in the data. Make the rate an
@@ -56,9 +58,10 @@ class AutoLRS(Resumable):
       trials: rates tried in each stage, >= 2.
       exploration: standard deviations below the mean; the code's 1e6 spaces the rates out and
         hardly looks at what it has found.
+      lookahead: how far to forecast, in lengths of a trial, counted from its beginning: 10 is the
+        end of the stage. Less for trials of few steps, whose noise says nothing of so far ahead.
       evaluate: `state -> loss` on validation data. Once tau no longer doubles, trials are judged by
-        it every tau_min/20 steps; where one of its values is not below the stage's first, by the
-        last value instead of a forecast. None: by training losses throughout.
+        it every tau_min/20 steps. None: by training losses throughout.
       seed: of the first rate of every stage.
       progress: show a bar for every stage.
 
@@ -89,7 +92,8 @@ class AutoLRS(Resumable):
     Deviations:
       The forecast is fitted without the spline that biases the code's. A trial that diverges counts
       as the worst of the others for the Gaussian process, not as a loss of 1e6, beside which they
-      would all be alike. The code compares validation losses with the run's first.
+      would all be alike. The code extrapolates training losses that rise as well, and compares
+      validation losses with the run's first.
 
     References:
       Jin, Zhou, Zhao, Zhu, Guo, Canini and Krishnamurthy, AutoLRS: automatic learning-rate schedule
@@ -107,6 +111,7 @@ class AutoLRS(Resumable):
         tau_max: int = 8000,
         trials: int = 10,
         exploration: float = 1e6,
+        lookahead: float = 10.0,
         evaluate: Callable[[Any], float] | None = None,
         seed: int = 0,
         progress: bool = False,
@@ -116,6 +121,7 @@ class AutoLRS(Resumable):
         _checks.check_steps(NAME, 2, trials=trials)
         _checks.check_steps(NAME, seed=seed)
         _checks.check_nonnegative(NAME, exploration=exploration)
+        _checks.check_range(NAME, "a number >= 1", lambda x: 1 <= x < math.inf, lookahead=lookahead)
         _checks.check_steps(NAME, _SHARE * _PIECES, tau_min=tau_min)
         _checks.check_steps(NAME, tau_min, tau_max=tau_max)
         if tau_min % (_SHARE * _PIECES):
@@ -125,6 +131,7 @@ class AutoLRS(Resumable):
         self._run_steps, self._evaluate, self._seed = run_steps, evaluate, seed
         self._tau_max, self._piece = tau_max, tau_min // (_SHARE * _PIECES)
         self._trials, self._exploration, self._show = trials, exploration, progress
+        self._lookahead = lookahead
         self.learning_rates: list[float] = []
         self.tau = tau_min
 
@@ -168,26 +175,25 @@ class AutoLRS(Resumable):
         steps, rate = self.tau // _SHARE, float(self._rates[place])
         # Only then is a trial long enough for validation to tell rates apart.
         if self._evaluate is not None and 2 * self.tau > self._tau_max:
-            losses, horizon = self._validated(state, rate, steps), self.tau / self._piece
-            first, losses = losses[0], losses[1:]
-            if not (losses < first).all():
-                return _finite(losses[-1])
+            first, *rest = self._validated(state, rate, steps)
+            losses, before = np.asarray(rest), first
         else:
-            (_, losses), horizon = self._take(_copy(state), rate, steps), self.tau
+            _, losses = self._take(_copy(state), rate, steps)
+            before = None
         if not np.isfinite(losses).all():
             return math.inf
-        if len(losses) < LEAST:
-            return _finite(losses[-1])
-        return forecast_exponential(losses, horizon)
+        if not _falls(losses, before) or len(losses) < LEAST:
+            return float(losses[-max(1, len(losses) // 4) :].mean())
+        return forecast_exponential(losses, self._lookahead * len(losses))
 
-    def _validated(self, state: Any, rate: float, steps: int) -> np.ndarray:
+    def _validated(self, state: Any, rate: float, steps: int) -> list[float]:
         """Return validation losses before a trial and after each piece of it."""
         assert self._evaluate is not None
         losses, state = [float(self._evaluate(state))], _copy(state)
         for _ in range(steps // self._piece):
             state, _ = self._take(state, rate, self._piece)
             losses.append(float(self._evaluate(state)))
-        return np.asarray(losses)
+        return losses
 
     def _take(self, state: Any, rate: float, steps: int) -> tuple[Any, np.ndarray]:
         """Take steps piece by piece, so that `run_steps` sees one n."""
@@ -219,8 +225,12 @@ def _copy(state: Any) -> Any:
     return jax.tree.map(lambda x: x.copy() if isinstance(x, arrays) else x, state)
 
 
-def _finite(loss: float) -> float:
-    return float(loss) if math.isfinite(loss) else math.inf
+def _falls(losses: np.ndarray, before: float | None) -> bool:
+    """Tell whether losses stay below the one before, or quarters of them below the first."""
+    if before is not None:
+        return bool((losses < before).all())
+    quarters = [part.mean() for part in np.array_split(losses, 4) if part.size]
+    return all(later < quarters[0] for later in quarters[1:])
 
 
 def _gaussian_process() -> Any:
