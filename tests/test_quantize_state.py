@@ -297,3 +297,20 @@ def test_a_small_network_trains_as_in_float32(name):
 
 def wrapped(adam, name):
     return quantize_state(adam, CODECS[name], min_size=1024)
+
+
+def test_q_galore_keeps_its_moments_in_eight_bits():
+    tree = {"dense": {"kernel": (256, 512)}, "embed": {"embedding": (64, 128)}}
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    tree = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), tree, is_leaf=is_shape)
+
+    def moments(**options):
+        tx = optlab.q_galore(0.1, rank=16, **options)
+        parts = optlab.state_fields(tx, tree)
+        return {(p.field, p.dtype): p.size for p in parts if p.field in ("mu", "nu")}
+
+    size = 16 * 512 + 64 * 128  # coordinates, and the embedding's
+    assert moments() == {("mu", "int8"): size, ("nu", "uint8"): size}
+    assert moments(state_codec=None) == {("mu", "float32"): size, ("nu", "float32"): size}
+    with pytest.raises(TypeError, match="q_galore: state_codec must be a codec or None, got 8"):
+        optlab.q_galore(0.1, state_codec=8)

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import optlab
-from optlab import checkpoint, recipes
+from optlab import checkpoint, codecs, recipes
 from optlab.testing import random_like
 
 SHAPES = {"dense": {"bias": (16,), "kernel": (8, 16)}, "norm": {"scale": (8,)}}
@@ -82,6 +82,10 @@ def by_leaf(params):
     return jax.tree.map(lambda p: "matrix" if p.ndim == 2 else "rest", params)
 
 
+def coded(codec, **options):
+    return lambda: optlab.quantize_state(optax.adam(0.1), codec, min_size=1, **options)
+
+
 WRAPPED = {
     "accumulated": lambda: optax.MultiSteps(optlab.lion(0.1), 3).gradient_transformation(),
     "injected": lambda: optax.inject_hyperparams(optlab.lion)(optlab.wsd(0.1, 2, 8, 8)),
@@ -90,11 +94,16 @@ WRAPPED = {
     ),
     "noisy": lambda: optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optlab.signum(0.1)),
     "averaged": lambda: optax.contrib.schedule_free(optax.sgd(0.1), 0.1),
+    "fp8": coded(codecs.fp8()),
+    "int8": coded(codecs.int8()),
+    "linear": coded(codecs.int8(map="linear")),
+    "int4": coded(codecs.int4()),
+    "int4 by chance": coded(codecs.int4(), stochastic=True),
 }
 
 
 @pytest.mark.parametrize("kind", WRAPPED)
-def test_what_is_wrapped_in_optax_goes_on_bit_for_bit(kind, tmp_path):
+def test_what_is_wrapped_goes_on_bit_for_bit(kind, tmp_path):
     whole, again = resumed(WRAPPED[kind](), tmp_path)
     assert again == whole
 

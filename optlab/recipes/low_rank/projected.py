@@ -7,16 +7,21 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optlab import _checks, _leafwise
 from optlab import layout as _layout
+from optlab.linalg import codecs
+from optlab.linalg.codecs import Codec
 from optlab.recipes.low_rank.assembly import LateAdam, PlainAdam
 from optlab.transforms.ldadam import scale_by_ldadam
 from optlab.transforms.low_rank import in_low_rank
 from optlab.transforms.projection import Rank
+from optlab.transforms.quantize import quantize_state
 from optlab.transforms.refresh import Refresh, lazy_refresh
 from optlab.transforms.subspace import (
     Projector,
     power_projector,
     quantized,
 )
+
+_EIGHT_BITS = codecs.int8()
 
 
 @_checks.explain_calls
@@ -131,6 +136,7 @@ def q_galore(
     eps: ArrayLike = 1e-8,
     inner: optax.GradientTransformation | None = None,
     projector: Projector | None = None,
+    state_codec: Codec | None = _EIGHT_BITS,
     stagger: bool = False,
     weight_decay: ArrayLike = 0.0,
     weight_decay_mask: _leafwise.Mask = None,
@@ -143,9 +149,9 @@ def q_galore(
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore with its basis in 4 bits, renewed the more seldom, the less it changes (Q-GaLore).
 
-    As `galore`, with B rounded to 4 bits in blocks of 256 numbers, and an interval per matrix that
-    doubles while the last five subspaces overlap by 0.4 or more with the ones before. For 8-bit
-    moments give an `inner` whose state is compressed.
+    As `galore`, with B rounded to 4 bits in blocks of 256 numbers, an interval per matrix that
+    doubles while the last five subspaces overlap by 0.4 or more with the ones before, and moments
+    in 8 bits.
 
     Args:
       learning_rate: step size, >= 0, or a schedule; 0.015 with scale 0.25 in the paper's
@@ -160,9 +166,10 @@ def q_galore(
       b1: rate of the first moment, in [0, 1).
       b2: rate of the second moment, in [0, 1).
       eps: added to the root of the corrected second moment, >= 0.
-      inner: None for Adam; any transformation to run on the coordinates, such as one whose state is
-        compressed. (static)
+      inner: None for Adam; any transformation to run on the coordinates. (static)
       projector: of which basis to keep; None for `power_projector()`. (static)
+      state_codec: how moments of at least 4096 numbers are kept between steps, those of `fallback`
+        too; None for as they are. See `optlab.quantize_state`. (static)
       stagger: spread the refreshes over the steps between. (static)
       weight_decay: decoupled decay, >= 0, of all leaves.
       weight_decay_mask: leaves that decay. (static)
@@ -177,10 +184,12 @@ def q_galore(
       An optimizer; entries of a step in the basis are about lr scale in size.
 
     State:
-      basis: a r/2 bytes per matrix (m, n), a = min(m, n), and 8 per block; mu, nu: r b numbers,
-      b = max(m, n); Adam's two moments of the other leaves.
+      That of `optlab.quantize_state`. basis: a r/2 bytes per matrix (m, n), a = min(m, n), and 8
+      per block; mu, nu: r b codes of a byte, b = max(m, n), and 4 bytes for each 128; Adam's two
+      moments of the other leaves likewise.
 
     Raises:
+      TypeError: `state_codec` is no codec.
       ValueError: a rate or a rank outside its range; a leaf that the layout cannot read, by name.
 
     Example:
@@ -188,18 +197,22 @@ def q_galore(
       >>> tx = optlab.q_galore(0.1, rank=1)
       >>> p = {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}
       >>> u, state = tx.update(p, tx.init(p), p)
-      >>> print(state.inner_states["matrix"].inner_state[0].kept[0].basis.codes.dtype)
+      >>> print(state.inner.inner_states["matrix"].inner_state[0].kept[0].basis.codes.dtype)
       uint8
 
     Deviations:
       Overlap is that of the subspaces, not the cosine of their first vectors, whose signs are
       arbitrary; `lazy_refresh(official=True)` is that. Weights stay as they are: the paper keeps
-      them in 8 bits. The released code decays after the step.
+      them in 8 bits. The released code decays after the step, and its moments are those of
+      bitsandbytes: the same codes in blocks of 256 of the flattened tensor.
 
     References:
       Zhang et al., Q-GaLore: quantized GaLore with INT4 projection and layer-adaptive low-rank
       gradients, arXiv:2407.08296, 2024; code: VITA-Group/Q-GaLore at 5bd2f1c.
     """
+    if not (state_codec is None or isinstance(state_codec, Codec)):
+        must, fix = "a codec or None", " Write optlab.codecs.int8()."
+        raise _checks.refusal(TypeError, "q_galore", "state_codec", must, state_codec, fix)
     rule = every if isinstance(every, Refresh) else lazy_refresh(every)
     base = power_projector() if projector is None else projector
     adam = PlainAdam(
@@ -217,7 +230,8 @@ def q_galore(
         layout=layout,
         shardings=shardings,
     )
-    return adam.route(low)
+    routed = adam.route(low)
+    return routed if state_codec is None else quantize_state(routed, state_codec)
 
 
 @_checks.explain_calls
