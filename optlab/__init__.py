@@ -1,6 +1,6 @@
 """Composable gradient transformations for JAX: what networks are trained with after optax."""
 
-from optlab import layout
+from optlab import diagnostics, layout
 from optlab.compress import gblm_scores, importance_mask, rank_by_energy, shared_basis
 from optlab.distributed.options import plan
 from optlab.distributed.shardings import shardings_of, state_sharding
@@ -37,7 +37,22 @@ from optlab.recipes import (
     spam,
     stable_spam,
 )
-from optlab.schedules.plateau import wsd
+from optlab.schedules import (
+    branch,
+    cyclic_cosine,
+    damped_cosine,
+    infinite,
+    inverse_power,
+    refined,
+    slanted_triangular,
+    warmup_linear_decay,
+    wsd,
+    wsd_s,
+)
+from optlab.schedules.layerwise import layerwise_rates, scale_by_rates, unit_rates
+from optlab.schedules.mup import depth_factors, mup_multipliers
+from optlab.schedules.rates import heavy_ball_optimal, max_rate_from_spectrum, scale_rate_to_batch
+from optlab.schedules.unfreeze import progressive_unfreeze
 from optlab.state import checkpoint
 from optlab.state.evaluation import eval_params
 from optlab.state.memory import compressed_bytes, state_bytes, state_fields
@@ -117,6 +132,7 @@ __all__ = [
     "apply_kappa",
     "apply_updates_stochastic",
     "average_params",
+    "branch",
     "checkpoint",
     "clip_spikes",
     "codecs",
@@ -126,9 +142,13 @@ __all__ = [
     "conda",
     "conv_input_gram",
     "coordinate_projector",
+    "cyclic_cosine",
+    "damped_cosine",
     "debiased_ema",
     "decay_after_update",
+    "depth_factors",
     "describe",
+    "diagnostics",
     "diffgrad",
     "ema_from_first",
     "eval_params",
@@ -140,26 +160,32 @@ __all__ = [
     "gblm_scores",
     "grad_norm_lorp",
     "heavy_ball",
+    "heavy_ball_optimal",
     "hutchinson_diagonal",
     "importance_mask",
     "in_low_rank",
     "in_weight_norm",
+    "infinite",
     "input_gram",
     "interpolate_momentum",
+    "inverse_power",
     "kappa",
     "keep_sparsity",
     "lamb",
     "lanton",
     "lars",
+    "layerwise_rates",
     "layout",
     "lazy_refresh",
     "ldadam",
     "lion",
     "lion_k",
+    "max_rate_from_spectrum",
     "measures",
     "median_of_groups",
     "metrics",
     "muon",
+    "mup_multipliers",
     "nap",
     "noise_adaptive",
     "norm_growth_limiter",
@@ -174,6 +200,7 @@ __all__ = [
     "polar",
     "power_projector",
     "precondition_by_input_gram",
+    "progressive_unfreeze",
     "project_onto_subspace",
     "project_radial",
     "q_galore",
@@ -182,6 +209,7 @@ __all__ = [
     "random_projector",
     "random_subspace",
     "rank_by_energy",
+    "refined",
     "remove_radial",
     "reset_moments",
     "reset_state",
@@ -198,11 +226,13 @@ __all__ = [
     "scale_by_lion_k",
     "scale_by_lmo",
     "scale_by_moments",
+    "scale_by_rates",
     "scale_by_raw_gradient",
     "scale_by_shape",
     "scale_by_sign_momentum",
     "scale_by_spam",
     "scale_by_trust_ratio",
+    "scale_rate_to_batch",
     "scion",
     "select_blocks",
     "sgd_sai",
@@ -212,6 +242,7 @@ __all__ = [
     "sign_residual",
     "signum",
     "skip_bad_steps",
+    "slanted_triangular",
     "sophia",
     "spam",
     "stable_spam",
@@ -219,10 +250,13 @@ __all__ = [
     "state_fields",
     "state_sharding",
     "svd_projector",
+    "unit_rates",
     "unpack_weights",
+    "warmup_linear_decay",
     "watch",
     "winsorize",
     "with_previous_updates",
     "with_raw_gradient",
     "wsd",
+    "wsd_s",
 ]

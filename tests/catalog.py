@@ -8,6 +8,7 @@ projection fires, LARS's coefficient so high that the steps show.
 import math
 from functools import partial
 
+import catalog_schedules
 import catalog_state
 import jax
 import jax.numpy as jnp
@@ -462,16 +463,10 @@ LINKS = (
 )
 
 
-def _wsd(decay: str, end_value: float = 0.1) -> Case:
-    make = partial(optlab.wsd, 1.0, _MILLION, _MILLION, _MILLION, end_value=end_value, decay=decay)
-    joints = (_MILLION, 2 * _MILLION, 3 * _MILLION)
-    facts = {"total": 3 * _MILLION, "joints": joints}
-    return Case(f"wsd[{decay}]", make, frozenset({"schedule"}), facts=facts)
-
-
-SCHEDULES = tuple(
-    _wsd(decay)
-    for decay in ("linear", "cosine", "one_minus_sqrt", "exponential", "inverse_proportional")
+CASES = (
+    *RECIPES,
+    *LINKS,
+    *catalog_state.CASES,
+    *catalog_schedules.SCHEDULES,
+    *catalog_schedules.RATES,
 )
-
-CASES = (*RECIPES, *LINKS, *catalog_state.CASES, *SCHEDULES)

@@ -7,6 +7,7 @@ from typing import Any
 
 import golden_low_rank
 import golden_orthogonal
+import golden_schedules
 import golden_stable
 import jax
 import numpy as np
@@ -184,7 +185,7 @@ ITERATIONS: dict[str, Callable[[Hyper, str], polar.NewtonSchulz]] = {
 }
 
 # A schedule's JSON uses our own words: it is called with its parameters as they are.
-SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {"wsd": optlab.wsd}
+SCHEDULES = golden_schedules.SCHEDULES
 
 
 def _lookup(table: dict[str, Any], method: str) -> Any:

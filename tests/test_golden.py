@@ -12,9 +12,12 @@ import golden_cases
 import golden_coat
 import golden_constrained
 import golden_curvature
+import golden_diagnostics
 import golden_low_rank
 import golden_orthogonal
 import golden_random_subspace
+import golden_rates
+import golden_schedules
 import golden_stable
 import golden_weights
 import jax
@@ -39,7 +42,10 @@ CHECKED = (
     | golden_coat.CASES
     | golden_constrained.CASES
     | golden_curvature.CASES
+    | golden_diagnostics.CASES
     | golden_random_subspace.CASES
+    | golden_rates.CASES
+    | golden_schedules.CASES
 )
 # Absolute, on polar factors.
 POLAR_TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
