@@ -3,8 +3,10 @@
 Part `device`: beside optax's methods of the same names, bytes accessed per parameter (TPU) or
 kernels launched per step (GPU), temporary memory, program size, compile time. Part `mesh`: Muon on
 8 chips and on 256, collectives and their bytes beside what `optlab.plan` says. Part `low_rank`: the
-low-rank family on one device and on 8, what its collectives gather. Prints them and writes
-benchmarks/results/aot_TARGET.{json,md}, and aot_mesh_TARGET and aot_low_rank_TARGET likewise.
+low-rank family on one device and on 8, what its collectives gather. Part `state`: AdamW, Muon and
+Q-GaLore with their state in 8 and 4 bits, on one device. Prints them and writes
+benchmarks/results/aot_TARGET.{json,md}, and aot_mesh_TARGET, aot_low_rank_TARGET and
+aot_state_TARGET likewise.
 Counts are exact and repeat; compile times do not. Needs the packages of the extra `tpu-aot` or
 `gpu-aot`.
 """
@@ -32,6 +34,7 @@ PARTS = {
     "device": ("benchmarks.aot_device", "aot"),
     "mesh": ("benchmarks.aot_mesh", "aot_mesh"),
     "low_rank": ("benchmarks.aot_low_rank", "aot_low_rank"),
+    "state": ("benchmarks.aot_state", "aot_state"),
 }
 
 
@@ -53,7 +56,9 @@ def main() -> None:
     parser.add_argument("--target", choices=ENVIRONMENT, required=True)
     parser.add_argument("--part", choices=PARTS, action="append", help="all where none is named")
     parser.add_argument("--without-peers", action="store_true", help="leave optax out on meshes")
-    parser.add_argument("--small", action="store_true", help="no low-rank steps on large trees")
+    parser.add_argument(
+        "--small", action="store_true", help="no large trees where there is a choice"
+    )
     parser.add_argument("--folder", type=Path, default=table.RESULTS, help="to write to")
     asked = parser.parse_args()
     os.environ.update(ENVIRONMENT[asked.target])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from optlab import kappa, polar, recipes
+from optlab import codecs, kappa, polar, quantize_state, recipes
 
 RATE = 1e-3
 WEIGHT_DECAY = 1e-2
@@ -70,10 +70,28 @@ def of_low_rank(name: str) -> bool:
     return plain(name) in LOW_RANK + _DERIVED
 
 
-def low_rank(name: str, rank: int, shardings: Any = None) -> optax.GradientTransformation:
+def low_rank(
+    name: str, rank: int, shardings: Any = None, **options: Any
+) -> optax.GradientTransformation:
     """Return a recipe of the low-rank family with its own projector, and that rank."""
     ranks = {} if name in _OWN_RANK else {"rank": rank}
-    return getattr(recipes, name)(RATE, shardings=shardings, **ranks)
+    return getattr(recipes, name)(RATE, shardings=shardings, **ranks, **options)
+
+
+CODECS: dict[str, codecs.Codec | None] = {
+    "-": None,
+    "int8": codecs.int8(),
+    "int8 linear": codecs.int8(map="linear"),
+    "fp8": codecs.fp8(),
+    "int4": codecs.int4(),
+}
+
+
+def coded(name: str, codec: str) -> optax.GradientTransformation:
+    """Return optax's AdamW or a recipe, its state in a codec where there is one."""
+    tx = baseline(name) if name == "adamw" else getattr(recipes, name)(RATE)
+    how = CODECS[codec]
+    return quantize_state(tx, how) if how else tx
 
 
 def baseline(name: str) -> optax.GradientTransformation:

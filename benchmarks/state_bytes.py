@@ -16,17 +16,8 @@ import jax
 import optax
 
 from benchmarks import methods, table, trees
-from optlab import recipes, state_bytes
-from optlab.linalg import codecs
-from optlab.transforms.quantize import quantize_state
+from optlab import state_bytes
 
-CODECS = {
-    "-": None,
-    "int8": codecs.int8(),
-    "int8 linear": codecs.int8(map="linear"),
-    "fp8": codecs.fp8(),
-    "int4": codecs.int4(),
-}
 RECIPES = ("adamw", "lion", "muon", "galore")
 TIMED = ("adamw",)
 _STEPS = 7
@@ -34,12 +25,6 @@ NOTES = (
     "real: arrays on the device; predicted: from shapes. cpu_ns_per_parameter: processor time of "
     "a step, all cores together; temp_bytes: what XLA allocates for it beside its arguments."
 )
-
-
-def transformation(name: str, codec: Any) -> optax.GradientTransformation:
-    """Return optax's AdamW or a recipe, its state in a codec where there is one."""
-    tx = methods.baseline(name) if name == "adamw" else getattr(recipes, name)(methods.RATE)
-    return quantize_state(tx, codec) if codec else tx
 
 
 def _real_bytes(tx: optax.GradientTransformation, params: Any) -> int:
@@ -65,7 +50,7 @@ def _step_costs(tx: optax.GradientTransformation, params: Any, grads: Any) -> di
 
 def row(name: str, codec: str, params: Any, grads: Any) -> dict[str, Any]:
     """Measure one recipe with one codec."""
-    tx = transformation(name, CODECS[codec])
+    tx = methods.coded(name, codec)
     real, predicted = _real_bytes(tx, params), state_bytes(tx, params)
     costs = {"cpu_ns_per_parameter": None, "temp_bytes": None}
     if name in TIMED:
@@ -88,7 +73,10 @@ def main() -> None:
     arguments = parser.parse_args()
     shapes = getattr(trees, arguments.tree)()
     params, grads = trees.normal(shapes, 0, 0.02), trees.normal(shapes, 1, 1e-3)
-    rows = [row(name, codec, params, grads) for name, codec in itertools.product(RECIPES, CODECS)]
+    rows = [
+        row(name, codec, params, grads)
+        for name, codec in itertools.product(RECIPES, methods.CODECS)
+    ]
     about = table.about(jax.devices()[0].device_kind, seed=0)
     table.write(
         table.RESULTS / "state_bytes", f"State of {arguments.tree}, in bytes", about, rows, NOTES
