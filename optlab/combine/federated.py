@@ -53,8 +53,8 @@ def fedavg_m(
         best of three in `benchmarks.federated`.
 
     Returns:
-      A `Federated` of pure functions (init, round); see there for clients that are away,
-      stragglers and meshes. The state holds g and the server's; no client's.
+      A `Federated` of pure functions (init, round); `help(rule.round)` tells how to say which
+      clients are away, late or behind. The state holds g and the server's; no client's.
 
     Example:
       >>> import jax.numpy as jnp, optax, optlab

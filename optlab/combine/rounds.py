@@ -215,7 +215,7 @@ def build(
         reports = Reports(moves, gradients, present, axis_name)
         return _serve(server, method, params, state, reports, losses)
 
-    round_.__name__ = f"{name}.round"
+    round_.__name__, round_.__doc__ = f"{name}.round", Federated.__doc__
     return Federated(init, _checks.explain_calls(round_))
 
 
