@@ -207,6 +207,7 @@ def test_a_jump_that_decays_is_not_taken_for_progress():
     trials = {
         "falls": 3 - 0.01 * t,
         "jumps": np.where(t < 12, 3.0, 3 + 2 * np.exp(-(t - 12) / 8)),
+        "jumps at once": np.where(t < 1, 3.0, 3 + 2 * np.exp(-t / 16)),
     }
     found = {}
     for name, losses in trials.items():
@@ -214,7 +215,9 @@ def test_a_jump_that_decays_is_not_taken_for_progress():
         run = AutoLRS(lambda x, r, n, g=given: (x, next(g)), (0.1, 1.0), tau_min=400, tau_max=400)
         found[name] = run._try(np.ones(1), 0)
     assert forecast_exponential(trials["jumps"][12:], 400) == pytest.approx(3, abs=0.01)
-    assert found["jumps"] == pytest.approx(trials["jumps"][-10:].mean())
+    assert forecast_exponential(trials["jumps at once"][1:], 400) == pytest.approx(3, abs=0.01)
+    for name in ("jumps", "jumps at once"):
+        assert found[name] == pytest.approx(trials[name][-10:].mean())
     assert found["falls"] < 2.6
 
 

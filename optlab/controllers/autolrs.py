@@ -38,11 +38,12 @@ class AutoLRS(Resumable):
     A stage of tau steps tries `trials` rates for tau/10 steps each, always from the state it began
     with, forecasts from their losses the loss after tau steps by `forecast_exponential`, and takes
     the tau steps with the best rate. Losses that do not fall are not extrapolated: where one of
-    the last three quarters of a trial is not below the first on average (one validation loss, not
-    below that before the trial), the mean of the last quarter counts. A Gaussian process
+    the last three quarters of a trial is on average not below the first quarter and the first loss
+    (one validation loss, not below that before the trial), the mean of the last quarter counts.
+    tau doubles from stage to stage. With 10 trials the search takes as many steps as training
+    itself: twice the time in all. A Gaussian process
     (scikit-learn's, Matern 5/2, on the logarithm of the rate) says which rate to try next: the one
-    of the least mean minus `exploration` standard deviations. tau doubles from stage to stage. With
-    10 trials the search takes as many steps as training itself: twice the time in all.
+    of the least mean minus `exploration` standard deviations.
 
     `run_steps(state, learning_rate, n)` takes n steps and returns the new state and n losses; state
     is any tree of arrays: parameters, optimizer state, position in the data. Make the rate an
@@ -226,11 +227,15 @@ def _copy(state: Any) -> Any:
 
 
 def _falls(losses: np.ndarray, before: float | None) -> bool:
-    """Tell whether losses stay below the one before, or quarters of them below the first."""
+    """Tell whether losses stay below the one before, or quarters of them below the first.
+
+    The first of them is the one before where none is given: a rate that is too large makes them
+    jump within a step or two, and fall from there.
+    """
     if before is not None:
         return bool((losses < before).all())
-    quarters = [part.mean() for part in np.array_split(losses, 4) if part.size]
-    return all(later < quarters[0] for later in quarters[1:])
+    first, *later = (part.mean() for part in np.array_split(losses, 4) if part.size)
+    return all(quarter < min(first, losses[0]) for quarter in later)
 
 
 def _gaussian_process() -> Any:
