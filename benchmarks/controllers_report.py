@@ -50,7 +50,7 @@ def rows(runs: Runs, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
     starts = sorted({key.split("/")[2] for key in runs if key.startswith("autolrs/")})
     for start in starts:
         losses = [run["loss"] for run in _each(runs, "autolrs", seeds, start)]
-        found.append(_row(f"AutoLRS, first tenth {start} (tuned wsd)", losses, tuned, 1.05))
+        found.append(_row(f"AutoLRS, first twentieth {start} (tuned wsd)", losses, tuned, 1.05))
     ours, cosine = (_each(runs, kind, seeds) for kind in ("wsd_s", "cosine"))
     for i, end in enumerate(ours[0]["ends"]):
         mine, theirs = ([run["losses"][i] for run in of] for of in (ours, cosine))
@@ -88,19 +88,19 @@ def draw(runs: Runs, seeds: tuple[int, ...], steps: int, path: Path) -> None:
     """Draw the refined schedules, and the rates that AutoLRS chose."""
     says = "Above: schedules from gradient norms, a line per seed. Below: rates AutoLRS chose."
     with page.page(path, "What the controllers did", says, (1, 1)) as (above, below):
-        _draw_refined(above, runs, seeds)
-        _draw_rates(below, runs, seeds, steps)
+        _draw_refined(above, runs, seeds, steps)
+        _draw_rates(below, runs, seeds)
         for ax in (above, below):
-            ax.set_xlim(0, steps)
+            ax.set_xlim(0, 1)
         page.name_axes(above, y="share of the peak")
-        page.name_axes(below, "step", "learning rate")
+        page.name_axes(below, "share of the run", "learning rate")
         _label(above, below, runs, seeds, steps)
 
 
-def _draw_refined(ax: Any, runs: Runs, seeds: tuple[int, ...]) -> None:
+def _draw_refined(ax: Any, runs: Runs, seeds: tuple[int, ...], steps: int) -> None:
     for shapes, colour in zip(_shapes(runs, seeds), page.COLOURS, strict=False):
         for shape in shapes:
-            ax.plot(shape, color=colour, linewidth=1.6, alpha=0.8)
+            ax.plot(np.arange(steps) / steps, shape, color=colour, linewidth=1.6, alpha=0.8)
     ax.set_ylim(0, 1.05)
 
 
@@ -108,11 +108,12 @@ def _starts(runs: Runs) -> list[str]:
     return sorted({key.split("/")[2] for key in runs if key.startswith("autolrs/")})
 
 
-def _draw_rates(ax: Any, runs: Runs, seeds: tuple[int, ...], steps: int) -> None:
+def _draw_rates(ax: Any, runs: Runs, seeds: tuple[int, ...]) -> None:
     for start, colour in zip(_starts(runs), page.COLOURS[2:], strict=False):
         for run in _each(runs, "autolrs", seeds, start):
-            ax.stairs(run["rates"], [*run["begins"], steps], baseline=None, color=colour,
-                      linewidth=1.8, alpha=0.8)  # fmt: skip
+            ends = np.array(run["ends"]) / run["ends"][-1]
+            ax.stairs(run["rates"], ends, baseline=None, color=colour, linewidth=1.8, alpha=0.8)
+    ax.set_ylim(1e-5, 2e-1)
     page.log_axis(ax.yaxis)
 
 
