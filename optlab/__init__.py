@@ -1,6 +1,9 @@
 """Composable gradient transformations for JAX: what networks are trained with after optax."""
 
 from optlab import diagnostics, layout
+from optlab.combine.federated import afa_cd, afa_cs, fedavg_m, scaffold_m
+from optlab.combine.mesh import clients_on_mesh
+from optlab.combine.multitask import combine_gradients, mgda, pareto_da
 from optlab.compress import gblm_scores, importance_mask, rank_by_energy, shared_basis
 from optlab.distributed.options import plan
 from optlab.distributed.shardings import shardings_of, state_sharding
@@ -127,6 +130,8 @@ __all__ = [
     "adagrad_norm",
     "adamp",
     "add_cautious_decay",
+    "afa_cd",
+    "afa_cs",
     "allora",
     "apollo",
     "apply_kappa",
@@ -134,9 +139,11 @@ __all__ = [
     "average_params",
     "branch",
     "checkpoint",
+    "clients_on_mesh",
     "clip_spikes",
     "codecs",
     "column_scaled_residual",
+    "combine_gradients",
     "compensated_updates",
     "compressed_bytes",
     "conda",
@@ -153,6 +160,7 @@ __all__ = [
     "ema_from_first",
     "eval_params",
     "factorize",
+    "fedavg_m",
     "fira",
     "frugal",
     "galore",
@@ -184,6 +192,7 @@ __all__ = [
     "measures",
     "median_of_groups",
     "metrics",
+    "mgda",
     "muon",
     "mup_multipliers",
     "nap",
@@ -195,6 +204,7 @@ __all__ = [
     "normuon",
     "orthogonalize",
     "pack_weights",
+    "pareto_da",
     "plain_residual",
     "plan",
     "polar",
@@ -215,6 +225,7 @@ __all__ = [
     "reset_state",
     "rolling_median",
     "round_weights",
+    "scaffold_m",
     "scale_by_adagrad_norm",
     "scale_by_belief",
     "scale_by_clipped_curvature",

@@ -40,16 +40,25 @@ def _reset_after_moments(inner, **arguments):
     return optlab.reset_moments(optax.chain(optlab.scale_by_moments(), inner), **arguments)
 
 
-def _fed_examples(make):
-    """Return a robust mean with three multiples of every gradient as those of examples."""
+def _multiples(u):
+    """Return three multiples of a gradient, as those of examples."""
+    return jnp.stack([u, 2 * u, 6 * u])
+
+
+def _directions(u):
+    """Return a gradient, one of the same size in another direction, and a larger one."""
+    return jnp.stack([u, jnp.flip(2 * u) if u.ndim else -u, 3 * u])
+
+
+def _fed_several(make, several):
+    """Return a rule that gets several gradients made of every one."""
 
     @functools.wraps(make)
     def build(**arguments):
         mean = make(**arguments)
 
         def update(updates, state, params=None, **extra_args):
-            examples = jax.tree.map(lambda u: jnp.stack([u, 2 * u, 6 * u]), updates)
-            return mean.update(examples, state, params, **extra_args)
+            return mean.update(jax.tree.map(several, updates), state, params, **extra_args)
 
         return optax.GradientTransformationExtraArgs(mean.init, update)
 
@@ -152,15 +161,22 @@ STABLE = (
     ),
     Case(
         "winsorize",
-        partial(_fed_examples(optlab.winsorize), percent=20.0),
+        partial(_fed_several(optlab.winsorize, _multiples), percent=20.0),
         frozenset({"stateless", *ELEMENTWISE}),
         hits=ALL,
         facts={"state_bytes": 0.0},
     ),
     Case(
         "median_of_groups",
-        _fed_examples(optlab.median_of_groups),
+        _fed_several(optlab.median_of_groups, _multiples),
         frozenset({"stateless", *ELEMENTWISE}),
+        hits=ALL,
+        facts={"state_bytes": 0.0},
+    ),
+    Case(
+        "combine_gradients",
+        _fed_several(optlab.combine_gradients, _directions),
+        frozenset({"stateless"}),
         hits=ALL,
         facts={"state_bytes": 0.0},
     ),

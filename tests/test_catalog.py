@@ -10,7 +10,9 @@ import pytest
 import optlab
 from optlab.testing import checks_for
 
-_ROOMS = ("optlab.transforms.", "optlab.recipes.", "optlab.schedules.")
+_ROOMS = tuple(
+    f"optlab.{room}." for room in ("transforms", "recipes", "schedules", "combine", "controllers")
+)
 EVERY = {
     name: value
     for name, value in vars(optlab).items()
@@ -82,7 +84,7 @@ def test_docstring_names_every_argument(name):
     assert documented == list(inspect.signature(EVERY[name]).parameters)
 
 
-@pytest.mark.parametrize("name", sorted(set(PUBLIC) - {"wsd"}))
+@pytest.mark.parametrize("name", sorted(PUBLIC))
 def test_docstring_states_the_bytes_of_the_row(name):
     stated = re.search(r"(\d+)\s+bytes\s+per(\s+float32)?\s+parameter", _section(name, "State"))
     # A wrapper's state is mostly its inner transformation's, which the row chooses.

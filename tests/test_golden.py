@@ -10,6 +10,7 @@ import golden_aggregate
 import golden_blocks
 import golden_cases
 import golden_coat
+import golden_combine
 import golden_constrained
 import golden_curvature
 import golden_diagnostics
@@ -40,6 +41,7 @@ CHECKED = (
     golden_aggregate.CASES
     | golden_blocks.CASES
     | golden_coat.CASES
+    | golden_combine.CASES
     | golden_constrained.CASES
     | golden_curvature.CASES
     | golden_diagnostics.CASES
