@@ -6,7 +6,8 @@ Three questions about the quick race's model and text under AdamW, each with thr
    norms give the next. Do warm-up and annealing emerge, and is the loss no worse than that of
    `warmup_linear_decay`? The peaks of both are tuned on the first seed.
 2. AutoLRS: after a bad start, a twentieth of the run at a rate far too small or too large, does it
-   end within 5 % of the tuned schedule's loss? Twice as many steps as the others, in stages of 200,
+   end within 5 % of the tuned schedule's loss, and of that schedule's after the same start, which
+   may do damage that no rate undoes? Twice as many steps as the others, in stages of 200,
    400 and 800, the code's own design in a fifth of its size: in trials of less it sees only noise.
 3. WSD-S: are its checkpoints at three budgets no worse by more than 1 % than those of three cosine
    runs, which take twice the steps?
@@ -135,7 +136,7 @@ def refine(bench: Bench, seed: int, peak: float) -> dict[str, Any]:
 
 
 def autolrs(bench: Bench, seed: int, bad: float) -> dict[str, Any]:
-    """Train a twentieth of the run at a bad rate, and the rest by AutoLRS."""
+    """Train a twentieth of the run at a bad rate, and the rest by AutoLRS or by the schedule."""
     steps = LONG * bench.steps
     before = steps // 20
     state, _, _ = bench.advance(bench.start(seed), seed, np.full(before, bad))
@@ -148,11 +149,14 @@ def autolrs(bench: Bench, seed: int, bad: float) -> dict[str, Any]:
         run_steps, BOUNDS, tau_min=20 * bench.piece, tau_max=80 * bench.piece,
         exploration=EXPLORATION, evaluate=bench.evaluate, seed=seed,
     )  # fmt: skip
-    after_start = bench.evaluate(state)
-    state, stages = search.run(state, steps - before)
+    schedule = optimizers.SCHEDULES["wsd"](TUNED, bench.config.warmup_steps, steps - before)
+    rates = np.asarray(jax.vmap(schedule)(jnp.arange(steps - before)))
+    scheduled, _, _ = bench.advance(state, seed, rates)
+    ended, stages = search.run(state, steps - before)
     return {
-        "loss": bench.evaluate(state),
-        "after_start": after_start,
+        "loss": bench.evaluate(ended),
+        "loss_of_schedule": bench.evaluate(scheduled),
+        "after_start": bench.evaluate(state),
         "rates": search.learning_rates,
         "ends": np.cumsum([before, *(stage.steps for stage in stages)]).tolist(),
     }

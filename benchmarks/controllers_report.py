@@ -47,10 +47,12 @@ def rows(runs: Runs, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
         for i, times in ((1, "once"), (2, "twice"))
     ]  # fmt: skip
     tuned = [run["losses"][0] for run in _each(runs, "tuned", seeds)]
-    starts = sorted({key.split("/")[2] for key in runs if key.startswith("autolrs/")})
-    for start in starts:
-        losses = [run["loss"] for run in _each(runs, "autolrs", seeds, start)]
-        found.append(_row(f"AutoLRS, first twentieth {start} (tuned wsd)", losses, tuned, 1.05))
+    for start in _starts(runs):
+        of_start = _each(runs, "autolrs", seeds, start)
+        losses, after = ([run[key] for run in of_start] for key in ("loss", "loss_of_schedule"))
+        what = f"AutoLRS, first twentieth {start}"
+        found.append(_row(f"{what} (tuned wsd)", losses, tuned, 1.05))
+        found.append(_row(f"{what} (tuned wsd after it)", losses, after, 1.05))
     ours, cosine = (_each(runs, kind, seeds) for kind in ("wsd_s", "cosine"))
     for i, end in enumerate(ours[0]["ends"]):
         mine, theirs = ([run["losses"][i] for run in of] for of in (ours, cosine))
@@ -113,7 +115,7 @@ def _draw_rates(ax: Any, runs: Runs, seeds: tuple[int, ...]) -> None:
         for run in _each(runs, "autolrs", seeds, start):
             ends = np.array(run["ends"]) / run["ends"][-1]
             ax.stairs(run["rates"], ends, baseline=None, color=colour, linewidth=1.8, alpha=0.8)
-    ax.set_ylim(1e-5, 2e-1)
+    ax.set_ylim(5e-6, 2e-1)
     page.log_axis(ax.yaxis)
 
 
