@@ -176,7 +176,7 @@ class AutoLRS(Resumable):
         steps, rate = self.tau // _SHARE, float(self._rates[place])
         # Only then is a trial long enough for validation to tell rates apart.
         if self._evaluate is not None and 2 * self.tau > self._tau_max:
-            first, *rest = self._validated(state, rate, steps)
+            first, *rest = self._validated(self._evaluate, state, rate, steps)
             losses, before = np.asarray(rest), first
         else:
             _, losses = self._take(_copy(state), rate, steps)
@@ -187,13 +187,14 @@ class AutoLRS(Resumable):
             return float(losses[-max(1, len(losses) // 4) :].mean())
         return forecast_exponential(losses, self._lookahead * len(losses))
 
-    def _validated(self, state: Any, rate: float, steps: int) -> list[float]:
+    def _validated(
+        self, evaluate: Callable[[Any], float], state: Any, rate: float, steps: int
+    ) -> list[float]:
         """Return validation losses before a trial and after each piece of it."""
-        assert self._evaluate is not None
-        losses, state = [float(self._evaluate(state))], _copy(state)
+        losses, state = [float(evaluate(state))], _copy(state)
         for _ in range(steps // self._piece):
             state, _ = self._take(state, rate, self._piece)
-            losses.append(float(self._evaluate(state)))
+            losses.append(float(evaluate(state)))
         return losses
 
     def _take(self, state: Any, rate: float, steps: int) -> tuple[Any, np.ndarray]:

@@ -83,30 +83,34 @@ def norm_test(
     _checks.check_choice(name, "test", test, _TESTS)
     _checks.check_steps(name, 1, group_size=group_size, max_batch=max_batch)
     rows, scale = _rows(name, grads)
-    count = len(rows[0])
+    variance, inner, squared = _moments(rows, group_size, official)
+    # What of g_i is along g has the variance inner/|g|^2; the rest is orthogonal.
+    across = jnp.maximum(variance - norms.safe_divide(inner, squared), 0)
+    needs = {
+        "norm": norms.safe_divide(variance, squared * eta**2, jnp.inf),
+        "inner": norms.safe_divide(inner, (squared * theta) ** 2, jnp.inf),
+    }
+    orthogonal = norms.safe_divide(across, squared * nu**2, jnp.inf)
+    needs["augmented"] = jnp.maximum(needs["inner"], orthogonal)
+    batch = len(rows[0]) * group_size
+    needed = jnp.where(jnp.isnan(needs[test]), batch, needs[test])
+    wanted = jnp.clip(jnp.ceil(needed), min(batch, max_batch), max_batch).astype(jnp.int32)
+    return NormTest(wanted, needed <= batch, variance * scale**2, squared * scale**2)
+
+
+def _moments(rows: list[jax.Array], group_size: int, official: bool) -> tuple[jax.Array, ...]:
+    """Return sum V, Var <g_i, g> and |g|^2."""
     means = [jnp.mean(x, 0) for x in rows]
-    squared = _sum(jnp.sum(m * m) for m in means)
     centred = [x - m[None] for x, m in zip(rows, means, strict=True)]
-    spread = group_size / (count - 1)
+    spread = group_size / (len(rows[0]) - 1)
     variance = spread * _sum(jnp.sum(d * d) for d in centred)
     along = [
         jnp.einsum("ik,k->i", d, m, precision="highest")
         for d, m in zip(centred, means, strict=True)
     ]
-    of_leaves = _sum(jnp.sum(a * a) for a in along)
-    inner = spread * (of_leaves if official else jnp.sum(_sum(iter(along)) ** 2))
-    needs = {
-        "norm": norms.safe_divide(variance, squared * eta**2, jnp.inf),
-        "inner": norms.safe_divide(inner, (squared * theta) ** 2, jnp.inf),
-    }
-    # What of g_i is along g has the variance inner/|g|^2; the rest is orthogonal.
-    across = jnp.maximum(variance - norms.safe_divide(inner, squared), 0)
-    across = norms.safe_divide(across, squared * nu**2, jnp.inf)
-    needs["augmented"] = jnp.maximum(needs["inner"], across)
-    batch, needed = count * group_size, needs[test]
-    needed = jnp.where(jnp.isnan(needed), batch, needed)
-    wanted = jnp.clip(jnp.ceil(needed), min(batch, max_batch), max_batch).astype(jnp.int32)
-    return NormTest(wanted, needed <= batch, variance * scale**2, squared * scale**2)
+    parts = along if official else [_sum(along)]
+    inner = spread * _sum(jnp.sum(a * a) for a in parts)
+    return variance, inner, _sum(jnp.sum(m * m) for m in means)
 
 
 def _sum(values: Any) -> jax.Array:
