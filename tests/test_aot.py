@@ -31,13 +31,23 @@ LEAFWISE = sorted(set(OF_DEVICE) - set(methods.MATRIX))
 NARROW = sorted(set(methods.LOW_RANK) - {"conda"})
 SHARDED = ("fsdp 8", "fsdp 8 Auto")
 # Of one small layer, in percent of its parameters; on a TPU most of it is the compiler's own room.
+# Q-GaLore has moments in 8 bits, which are float32 during the step: without these, 61 on a GPU.
 MOST_TEMP = {
     "tpu": dict.fromkeys(methods.LOW_RANK, 150),
     "gpu": {
-        "apollo": 30, "frugal": 75, "galore": 75, "q_galore": 75, "fira": 110, "conda": 150,
+        "apollo": 30, "frugal": 75, "galore": 75, "q_galore": 85, "fira": 110, "conda": 150,
         "ldadam": 175,
     },
 }  # fmt: skip
+# AdamW on a leaf of 64 MiB: bytes per parameter on a TPU, without prefetch, and temporary memory in
+# percent of it. What goes through memory is 26: both moments' sources read once more for the
+# largest of their blocks, 10, and 16 for the step; the rest are scales, in on-chip memory. In
+# bytes, halves of a row of codes of 4 bits lie across a tile's lanes, and have to be moved.
+CODED_ON_TPU = {"int8": (36, 1), "int8 linear": (36, 1), "fp8": (56, 61), "int4": (77, 91)}
+# Kernels on a GPU, and temporary memory; where decoding is dear, both moments in float32.
+CODED_ON_GPU = {"int8": (9, 201), "int8 linear": (9, 4), "fp8": (11, 202), "int4": (11, 29)}
+# Matrix methods, beside plain state, in percent of the parameters: Q-GaLore's decoded moments.
+MORE_TEMP = {"tpu": {"muon": 1, "q_galore": 12}, "gpu": {"muon": 1, "q_galore": 21}}
 # What it would take to gather the gradients of that layer's matrices once.
 GRADIENTS_MIB = 3
 # Reduced together, with the same bytes: a TPU's and a GPU's compilers do that to neighbours.
@@ -62,6 +72,7 @@ class Tables(NamedTuple):
     device: dict
     mesh: list
     low_rank: dict
+    state: dict
 
 
 def _compile_all(target, directory):
@@ -69,7 +80,9 @@ def _compile_all(target, directory):
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     command = [sys.executable, "-W", "error", "-m", "benchmarks.aot", "--target", target]
     command += ["--without-peers", "--small", "--folder", str(directory), "--part"]
-    parts = {"device": "aot", "mesh": "aot_mesh", "low_rank": "aot_low_rank"}
+    parts = {
+        "device": "aot", "mesh": "aot_mesh", "low_rank": "aot_low_rank", "state": "aot_state",
+    }  # fmt: skip
     running = [
         subprocess.Popen(
             [*command, part], cwd=ROOT, env=environment, text=True,
@@ -80,7 +93,7 @@ def _compile_all(target, directory):
     for process in running:
         _, errors = process.communicate()
         assert process.returncode == 0, errors[-4000:]
-    device, mesh, low = (
+    device, mesh, low, state = (
         json.loads((directory / f"{name}_{target}.json").read_text())["rows"]
         for name in parts.values()
     )
@@ -88,6 +101,7 @@ def _compile_all(target, directory):
         {(row["method"], row["tree"]): row for row in device},
         mesh,
         {(row["method"], row["on"]): row for row in low},
+        {(row["method"], row["codec"]): row for row in state},
     )
 
 
@@ -207,3 +221,32 @@ def test_low_rank_steps_gather_no_matrix(request, target, where, name):
     row = request.getfixturevalue(target).low_rank[name, where]
     assert 0 < row["whole %"] < 50
     assert 0 < row["MiB"] < GRADIENTS_MIB
+
+
+@pytest.mark.parametrize("codec", CODED_ON_TPU)
+def test_coded_state_stays_in_place_on_a_tpu(tpu, codec):
+    row = tpu.state["adamw", codec]
+    nbytes, temp = CODED_ON_TPU[codec]
+    assert 0 < row["without prefetch"] <= nbytes
+    assert row["temp %"] <= temp
+
+
+@pytest.mark.parametrize("codec", CODED_ON_GPU)
+def test_coded_state_takes_few_kernels_on_a_gpu(gpu, codec):
+    row = gpu.state["adamw", codec]
+    kernels, temp = CODED_ON_GPU[codec]
+    assert 0 < row["kernels"] <= kernels
+    assert row["temp %"] <= temp
+
+
+@pytest.mark.parametrize("target", ["tpu", "gpu"])
+@pytest.mark.parametrize("name", ["muon", "q_galore"])
+def test_coded_state_of_matrix_methods_compiles(request, target, name):
+    rows = request.getfixturevalue(target).state
+    codecs = {codec for method, codec in rows if method == name} - {"-"}
+    assert codecs == ({"int8"} if name == "q_galore" else set(methods.CODECS) - {"-"})
+    for codec in codecs:
+        row = rows[name, codec]
+        assert row["state B/param"] < 0.3 * rows[name, "-"]["state B/param"]
+        assert row["collectives"] == 0
+        assert row["temp %"] <= rows[name, "-"]["temp %"] + MORE_TEMP[target][name]
