@@ -83,6 +83,10 @@ def quantize_state(
     such as `in_low_rank` with on_refresh="rotate", and inside `optax.MultiSteps`, whose gradients
     are sums to be kept exactly and whose idle steps would round the moments again.
 
+    On a TPU blocks of 128 are coded where they lie if a device's rows are a multiple of eight, or
+    a block is a whole row: AdamW with int8 accesses 35 bytes per parameter, 28 without. Other
+    leaves are copied into another order, 98 bytes; 4-bit codes take 76.
+
     Args:
       inner: the transformation whose state is kept small.
       codec: `codecs.fp8()`, `codecs.int8()` or `codecs.int4()`, for the fields mu, trace, ema,
