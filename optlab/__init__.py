@@ -5,6 +5,13 @@ from optlab.combine.federated import afa_cd, afa_cs, fedavg_m, scaffold_m
 from optlab.combine.mesh import clients_on_mesh
 from optlab.combine.multitask import combine_gradients, mgda, pareto_da
 from optlab.compress import gblm_scores, importance_mask, rank_by_energy, shared_basis
+from optlab.controllers.autolrs import AutoLRS
+from optlab.controllers.averaging import adaptive_ema
+from optlab.controllers.batch_growth import BatchGrowth, norm_test
+from optlab.controllers.forecast import forecast_exponential
+from optlab.controllers.rate_control import accuracy_gradient_rate, alrs_rate, hypergradient_rate
+from optlab.controllers.refine import refine_schedule
+from optlab.controllers.spectral import SpectralRate
 from optlab.distributed.options import plan
 from optlab.distributed.shardings import shardings_of, state_sharding
 from optlab.layout import MatrixView, describe
@@ -124,15 +131,21 @@ from optlab.transforms.weight_norm import in_weight_norm
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoLRS",
+    "BatchGrowth",
     "MatrixView",
+    "SpectralRate",
     "accumulate_importance",
+    "accuracy_gradient_rate",
     "adabelief",
     "adagrad_norm",
     "adamp",
+    "adaptive_ema",
     "add_cautious_decay",
     "afa_cd",
     "afa_cs",
     "allora",
+    "alrs_rate",
     "apollo",
     "apply_kappa",
     "apply_updates_stochastic",
@@ -162,6 +175,7 @@ __all__ = [
     "factorize",
     "fedavg_m",
     "fira",
+    "forecast_exponential",
     "frugal",
     "galore",
     "gauss_newton_diagonal",
@@ -170,6 +184,7 @@ __all__ = [
     "heavy_ball",
     "heavy_ball_optimal",
     "hutchinson_diagonal",
+    "hypergradient_rate",
     "importance_mask",
     "in_low_rank",
     "in_weight_norm",
@@ -198,6 +213,7 @@ __all__ = [
     "nap",
     "noise_adaptive",
     "norm_growth_limiter",
+    "norm_test",
     "normalize_and_project",
     "normalize_gradient_norm",
     "normalize_neurons",
@@ -219,6 +235,7 @@ __all__ = [
     "random_projector",
     "random_subspace",
     "rank_by_energy",
+    "refine_schedule",
     "refined",
     "remove_radial",
     "reset_moments",

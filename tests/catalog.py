@@ -8,6 +8,7 @@ projection fires, LARS's coefficient so high that the steps show.
 import math
 from functools import partial
 
+import catalog_controllers
 import catalog_schedules
 import catalog_state
 import jax
@@ -469,4 +470,5 @@ CASES = (
     *catalog_state.CASES,
     *catalog_schedules.SCHEDULES,
     *catalog_schedules.RATES,
+    *catalog_controllers.CASES,
 )

@@ -12,6 +12,7 @@ import golden_cases
 import golden_coat
 import golden_combine
 import golden_constrained
+import golden_controllers
 import golden_curvature
 import golden_diagnostics
 import golden_low_rank
@@ -43,6 +44,7 @@ CHECKED = (
     | golden_coat.CASES
     | golden_combine.CASES
     | golden_constrained.CASES
+    | golden_controllers.CASES
     | golden_curvature.CASES
     | golden_diagnostics.CASES
     | golden_random_subspace.CASES

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from optlab import _checks
+from optlab import _checks, _progress
 from optlab.controllers._host import Resumable
 from optlab.controllers.forecast import LEAST, forecast_exponential
-from optlab.diagnostics import progress as _progress
 
 RunSteps = Callable[[Any, float, int], tuple[Any, Any]]
 """`(state, learning_rate, n) -> (state after n steps, their n losses)`"""

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optlab import _checks
+from optlab import _checks, _progress
 from optlab.diagnostics import page
-from optlab.diagnostics import progress as _progress
 
 _NAME = "coordinate_check"
 

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
-from optlab import _checks, _leafwise
+from optlab import _checks, _leafwise, _progress
 from optlab import layout as _layout
-from optlab.diagnostics import progress as _progress
 
 Loss = Callable[..., Any]
 """`loss(params, *batch) -> scalar`; the same function object at every call is compiled once."""

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
-from optlab import _checks
+from optlab import _checks, _progress
 from optlab.diagnostics import products
-from optlab.diagnostics import progress as _progress
 from optlab.distributed.shardings import partitioned
 from optlab.linalg import lanczos
 from optlab.linalg.norms import safe_divide

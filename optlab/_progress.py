@@ -24,9 +24,7 @@ def bar(show: bool, name: str, total: int) -> Iterator[None]:
     try:
         from rich import progress
     except ImportError:
-        raise ImportError(
-            f'{name}: progress needs rich. pip install "optlab[diagnostics]"'
-        ) from None
+        raise ImportError(f"{name}: progress needs rich. pip install rich") from None
     columns = (progress.TextColumn(name), progress.BarColumn(), progress.MofNCompleteColumn())
     with progress.Progress(*columns, progress.TimeRemainingColumn()) as shown:
         task = shown.add_task(name, total=total)
