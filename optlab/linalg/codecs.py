@@ -70,7 +70,13 @@ class Codec:
     def _encode(self, x: jax.Array, signed: bool, uniform: jax.Array | None) -> tuple:
         raise NotImplementedError
 
-    def _decode(self, codes: jax.Array, signed: bool, scales: tuple[jax.Array, ...]) -> jax.Array:
+    def _decode(
+        self,
+        codes: jax.Array,
+        signed: bool,
+        scales: tuple[jax.Array, ...],
+        grid: blocks.Grid,
+    ) -> jax.Array:
         raise NotImplementedError
 
 
