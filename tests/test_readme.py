@@ -13,7 +13,7 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 
 def test_every_code_block_runs():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 15
+    assert len(blocks) == 19
     names = {}
     with jax.numpy_rank_promotion("allow"):  # as a reader's JAX is set
         for block in blocks:
