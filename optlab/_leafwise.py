@@ -255,6 +255,7 @@ def stateless(
 
 
 def read(name: str, extra_args: dict[str, Any], key: str) -> Any:
+    """Return an extra argument of update, or say which is missing and how it is passed."""
     if key not in extra_args:
         raise ValueError(
             f"{name}: update needs the extra argument {key!r}, got {sorted(extra_args)}. "

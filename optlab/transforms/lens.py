@@ -173,29 +173,32 @@ class Lens:
 
     def down(self, low: Low, leaf: jax.Array) -> jax.Array:
         """Return the coordinates of a leaf, in its dtype, in the shape `low.low_shape`."""
-
-        def coordinates(leaf, opened):
-            x = opened_for(low, leaf).astype(_leafwise.widen(leaf.dtype))
-            for side, basis in zip(low.sides, opened, strict=True):
-                x = oriented(turnable(x, low, side), side)
-                x = oriented(self.projector.down(basis, x, side.rank), side)
-                x = turnable(x, low, side)
-            return _placed(_close(low, x, low.low_shape).astype(leaf.dtype), low, low.low_shape)
-
-        return partitioned(coordinates, _spec(low, low.low_shape), leaf, self._opened(low))
+        lengths = [side.rank for side in low.sides]
+        return self._mapped(low, leaf, self.projector.down, lengths, low.low_shape)
 
     def up(self, low: Low, y: jax.Array) -> jax.Array:
         """Return the leaf with the coordinates y, in their dtype."""
+        lengths = [side.size for side in low.sides]
+        return self._mapped(low, y, self.projector.up, lengths, low.shape)
 
-        def leaf_of(y, opened):
-            x = opened_for(low, y).astype(_leafwise.widen(y.dtype))
-            for side, basis in zip(low.sides, opened, strict=True):
+    def _mapped(
+        self,
+        low: Low,
+        leaf: jax.Array,
+        through: Callable[[Any, jax.Array, int], jax.Array],
+        lengths: Sequence[int],
+        shape: tuple[int, ...],
+    ) -> jax.Array:
+        """Take every projected side of a leaf through its basis, to that length."""
+
+        def mapped(leaf, opened):
+            x = opened_for(low, leaf).astype(_leafwise.widen(leaf.dtype))
+            for side, basis, length in zip(low.sides, opened, lengths, strict=True):
                 x = oriented(turnable(x, low, side), side)
-                x = oriented(self.projector.up(basis, x, side.size), side)
-                x = turnable(x, low, side)
-            return _placed(_close(low, x, low.shape).astype(y.dtype), low, low.shape)
+                x = turnable(oriented(through(basis, x, length), side), low, side)
+            return _placed(_close(low, x, shape).astype(leaf.dtype), low, shape)
 
-        return partitioned(leaf_of, _spec(low, low.shape), y, self._opened(low))
+        return partitioned(mapped, _spec(low, shape), leaf, self._opened(low))
 
     def raised(self, tree: Any) -> list[Any]:
         """Return the projected leaves of a tree of coordinates, whole; None for missing ones."""
