@@ -36,12 +36,9 @@ import optax
 import optlab
 from benchmarks import controllers_report, table
 from optlab import measures
-from optlab.controllers.autolrs import AutoLRS
-from optlab.controllers.refine import refine_schedule
 from optlab.lab import data, model, optimizers, report, train
 from optlab.lab.config import Config
 from optlab.lab.race import new_config
-from optlab.schedules.plateau import wsd_s
 
 STEPS = {"quick": 1000, "smoke": 40}
 SMALL = {"layers": 1, "width": 16, "heads": 2, "context": 8, "batch_size": 2, "eval_windows": 4}
@@ -128,7 +125,7 @@ def refine(bench: Bench, seed: int, peak: float) -> dict[str, Any]:
     loss, norms = bench.train(seed, optax.constant_schedule(CONSTANT))
     losses, shapes = [loss], []
     for _ in range(2):
-        shape = refine_schedule(norms, "adam")
+        shape = optlab.refine_schedule(norms, "adam")
         loss, norms = bench.train(seed, lambda t, shape=shape: peak * jnp.asarray(shape)[t])
         losses.append(loss)
         shapes.append([float(f"{x:.4g}") for x in shape])
@@ -145,7 +142,7 @@ def autolrs(bench: Bench, seed: int, bad: float) -> dict[str, Any]:
         state, losses, _ = bench.advance(state, seed, np.full(n, rate))
         return state, losses
 
-    search = AutoLRS(
+    search = optlab.AutoLRS(
         run_steps, BOUNDS, tau_min=20 * bench.piece, tau_max=80 * bench.piece,
         exploration=EXPLORATION, evaluate=bench.evaluate, seed=seed,
     )  # fmt: skip
@@ -169,7 +166,7 @@ def budgets(bench: Bench) -> list[int]:
 def one_run(bench: Bench, seed: int) -> dict[str, Any]:
     """Return the losses of WSD-S at every budget."""
     ends = budgets(bench)
-    schedule = wsd_s(TUNED, bench.config.warmup_steps, ends, decay_fraction=0.1)
+    schedule = optlab.wsd_s(TUNED, bench.config.warmup_steps, ends, decay_fraction=0.1)
     rates = np.asarray(jax.vmap(schedule)(jnp.arange(bench.steps)))
     state, losses = bench.start(seed), []
     for begin, end in zip([0, *ends], ends, strict=False):
