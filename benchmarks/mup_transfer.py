@@ -34,6 +34,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+import optlab
 from benchmarks.lr_sweep import downhill
 from optlab.diagnostics import page
 from optlab.diagnostics.coordinate_check import (
@@ -45,8 +46,7 @@ from optlab.diagnostics.coordinate_check import (
 from optlab.lab import data, model, optimizers, report, train
 from optlab.lab.config import Config
 from optlab.lab.race import new_config
-from optlab.schedules.layerwise import layerwise_rates, scale_by_rates
-from optlab.schedules.mup import MupMultipliers, mup_multipliers
+from optlab.schedules.mup import MupMultipliers
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("muP", "standard")
@@ -97,12 +97,12 @@ def multipliers(plan: Plan, kind: str, width: int, text: bytes) -> MupMultiplier
     """
     shapes = lambda width: model.abstract(config_of(plan, width, text))[1]  # noqa: E731
     base = plan.base if kind == "muP" else width
-    return mup_multipliers(shapes(width), shapes(base), shapes(2 * base), readout="rate")
+    return optlab.mup_multipliers(shapes(width), shapes(base), shapes(2 * base), readout="rate")
 
 
 def first_weights(params: Any, mup: MupMultipliers) -> Any:
     """Return Flax's weights with muP's sizes, and zeros for the readout."""
-    zeros = layerwise_rates(params, {"^head/": 0.0})
+    zeros = optlab.layerwise_rates(params, {"^head/": 0.0})
     return jax.tree.map(lambda p, m, z: p * m * z, params, mup.init, zeros)
 
 
@@ -131,7 +131,7 @@ def check(plan: Plan, kind: str, text: bytes) -> Coordinates:
 
         return CoordinateProblem(
             init,
-            optax.chain(optax.adam(2.0**plan.check_exponent), scale_by_rates(mup.rates)),
+            optax.chain(optax.adam(2.0**plan.check_exponent), optlab.scale_by_rates(mup.rates)),
             lambda params, step: model.loss(structure, params, batch(step)),
             lambda params: activations(structure, params, batch(jnp.int32(10**6))),
         )
@@ -150,7 +150,7 @@ def make_trial(
     @jax.jit
     def run(params: Any, corpus: jax.Array, peak: jax.Array) -> tuple[Any, jax.Array]:
         adam = optax.adam(lambda step: peak * unit(step))
-        tx = optax.chain(adam, scale_by_rates(mup.rates))
+        tx = optax.chain(adam, optlab.scale_by_rates(mup.rates))
         chunk = train.make_chunk(
             problem.structure, optax.with_extra_args_support(tx), config, config.steps
         )
