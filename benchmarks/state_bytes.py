@@ -1,13 +1,12 @@
-"""Bytes of compressed state, real and predicted, and what compressing costs a step.
+"""Bytes of compressed state, real and predicted: python -m benchmarks.state_bytes.
 
-Usage: python -m benchmarks.state_bytes [--tree gpt10]
+Every recipe with every codec on the model of the quick race; of AdamW also what a step costs.
 
 The real bytes are those of the arrays that `jax.jit(tx.init)` puts on the device; the predicted
 ones come from shapes alone. Steps donate parameters and state. Their time is that of all cores, so
 that other programs on the machine do not count.
 """
 
-import argparse
 import itertools
 import time
 from typing import Any
@@ -16,9 +15,11 @@ import jax
 import optax
 
 from benchmarks import methods, table, trees
-from optlab import state_bytes
+from optlab import recipes, state_bytes
+from optlab.lab import model
+from optlab.lab.race import new_config
 
-RECIPES = ("adamw", "lion", "muon", "galore")
+RECIPES = ("adamw", *recipes.__all__)
 TIMED = ("adamw",)
 _STEPS = 7
 NOTES = (
@@ -68,19 +69,15 @@ def row(name: str, codec: str, params: Any, grads: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Measure every recipe with every codec and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tree", default="gpt10", help="a tree of benchmarks.trees")
-    arguments = parser.parse_args()
-    shapes = getattr(trees, arguments.tree)()
-    params, grads = trees.normal(shapes, 0, 0.02), trees.normal(shapes, 1, 1e-3)
+    params = model.initial_params(new_config({"optimizers": TIMED}, b""))
+    grads = jax.tree.map(lambda p: 0.01 * p + 1e-3, params)
     rows = [
         row(name, codec, params, grads)
         for name, codec in itertools.product(RECIPES, methods.CODECS)
     ]
     about = table.about(jax.devices()[0].device_kind, seed=0)
-    table.write(
-        table.RESULTS / "state_bytes", f"State of {arguments.tree}, in bytes", about, rows, NOTES
-    )
+    title = f"State of the quick race's model, {trees.size(params)} parameters, in bytes"
+    table.write(table.RESULTS / "state_bytes", title, about, rows, NOTES)
 
 
 if __name__ == "__main__":
