@@ -13,11 +13,14 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+import catalog
 import pytest
 
 from benchmarks import methods
 from optlab import recipes
 
+# The module that a target's compiler comes as.
+COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax_plugins", "xla_cuda13")}
 ROOT = pathlib.Path(__file__).parent.parent
 # Of a leaf of 64 MiB the compiler copies what the second pass reads into on-chip memory while the
 # first one runs, and counts the copy at both ends.
@@ -107,16 +110,33 @@ def _compile_all(target, directory):
 
 @pytest.fixture(scope="module")
 def tpu(tmp_path_factory):
-    if not _installed("libtpu"):
+    if not _installed(*COMPILERS["tpu"]):
         pytest.skip("libtpu is not installed")
     return _compile_all("tpu", tmp_path_factory.mktemp("aot"))
 
 
 @pytest.fixture(scope="module")
 def gpu(tmp_path_factory):
-    if not _installed("jax_plugins", "xla_cuda13"):
+    if not _installed(*COMPILERS["gpu"]):
         pytest.skip("jax-cuda13-plugin is not installed")
     return _compile_all("gpu", tmp_path_factory.mktemp("aot"))
+
+
+@pytest.mark.parametrize("target", ["tpu", "gpu"])
+def test_every_row_of_the_catalogue_compiles(target):
+    if not _installed(*COMPILERS[target]):
+        pytest.skip(f"the compiler for {target} is not installed")
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    environment["PYTHONPATH"] = str(ROOT)
+    script = ROOT / "tests" / "compile_rows.py"
+    run = subprocess.run(
+        [sys.executable, script, target], cwd=ROOT, env=environment, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    found = json.loads(run.stdout)
+    assert sorted(found) == sorted(case.name for case in catalog.CASES)
+    assert min(found.values()) > 1
 
 
 @pytest.mark.parametrize("name", LEAFWISE)
