@@ -11,11 +11,11 @@ from benchmarks.aot import ENVIRONMENT
 
 os.environ |= ENVIRONMENT[sys.argv[1]]
 
-import catalog  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+import catalog
+import jax
+import jax.numpy as jnp
 
-from benchmarks import described  # noqa: E402
+from benchmarks import described
 
 
 def job(case, where):
