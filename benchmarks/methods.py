@@ -73,8 +73,12 @@ def of_low_rank(name: str) -> bool:
 def low_rank(
     name: str, rank: int, shardings: Any = None, **options: Any
 ) -> optax.GradientTransformation:
-    """Return a recipe of the low-rank family with its own projector, and that rank."""
+    """Return a recipe of the low-rank family with its own projector, and that rank.
+
+    Q-GaLore's moments stay as they are: what coding them takes is told apart (`aot_state`).
+    """
     ranks = {} if name in _OWN_RANK else {"rank": rank}
+    options = {"state_codec": None} | options if name == "q_galore" else options
     return getattr(recipes, name)(RATE, shardings=shardings, **ranks, **options)
 
 

@@ -34,11 +34,10 @@ LEAFWISE = sorted(set(OF_DEVICE) - set(methods.MATRIX))
 NARROW = sorted(set(methods.LOW_RANK) - {"conda"})
 SHARDED = ("fsdp 8", "fsdp 8 Auto")
 # Of one small layer, in percent of its parameters; on a TPU most of it is the compiler's own room.
-# Q-GaLore has moments in 8 bits, which are float32 during the step: without these, 61 on a GPU.
 MOST_TEMP = {
     "tpu": dict.fromkeys(methods.LOW_RANK, 150),
     "gpu": {
-        "apollo": 30, "frugal": 75, "galore": 75, "q_galore": 85, "fira": 110, "conda": 150,
+        "apollo": 30, "frugal": 75, "galore": 75, "q_galore": 75, "fira": 110, "conda": 150,
         "ldadam": 175,
     },
 }  # fmt: skip
