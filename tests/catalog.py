@@ -41,10 +41,6 @@ _ADAM = partial(optax.adam, 0.1)
 # rounding over the gap between their values.
 _LOW_RANK = {"state_bytes": 0.0, "amplification": 100}
 
-# Five steps of Newton-Schulz raise a rounding of a small singular value by up to 3.4445^5 = 485;
-# two machine codes of one step were 15 roundings apart.
-_POLAR = {"amplification": 20}
-
 
 def _first_inputs(path, leaf):
     """Return the first half of the inputs of a matrix as a basis."""
@@ -120,17 +116,17 @@ RECIPES = (
         partial(optax.adamw, 0.1),
         tags={"scale_invariant", "layerwise"},
         hits=MATRICES,
-        facts={"state_bytes": 4.0, "convergence_rate": 0.5} | _POLAR,
+        facts={"state_bytes": 4.0, "convergence_rate": 0.5},
     ),
     recipe(
         "normuon",
         partial(optax.adamw, 0.1),
         tags={"scale_invariant", "layerwise"},
         hits=MATRICES,
-        facts={"state_bytes": 4.0} | _POLAR,
+        facts={"state_bytes": 4.0},
     ),
-    recipe("scion", tags={"scale_invariant"}, facts={"state_bytes": 4.0} | _POLAR),
-    recipe("lanton", facts={"state_bytes": 8.0} | _POLAR),
+    recipe("scion", tags={"scale_invariant"}, facts={"state_bytes": 4.0}),
+    recipe("lanton", facts={"state_bytes": 8.0}),
     recipe("galore", _ADAM, rank=2, hits=MATRICES, facts=_LOW_RANK),
     recipe("q_galore", _ADAM, rank=2, block=8, hits=MATRICES, facts=_LOW_RANK),
     recipe("fira", _ADAM, rank=2, hits=MATRICES, facts=_LOW_RANK),
@@ -301,13 +297,13 @@ LINKS = (
         "orthogonalize",
         tags={"orthogonalize", "stateless", "layerwise"},
         hits=MATRICES,
-        facts={"state_bytes": 0.0, "band": (0.6, 1.25)} | _POLAR,
+        facts={"state_bytes": 0.0, "band": (0.6, 1.25)},
     ),
     link(
         "orthogonalize",
         polar="you",
         tags={"orthogonalize", "stateless", "layerwise"},
-        facts={"state_bytes": 0.0, "band": (0.9, 1.1)} | _POLAR,
+        facts={"state_bytes": 0.0, "band": (0.9, 1.1)},
         **STACKED,
     ),
     link("normalize_neurons", hits=MATRICES, facts={"state_bytes": 0.0}),
@@ -319,7 +315,7 @@ LINKS = (
         inner=optlab.orthogonalize(),
         tags={"wrapper"},
         hits=("conv/kernel", "dense/kernel"),  # the quietest of a group keeps its rate
-        facts={"state_bytes": 4.0} | _POLAR,
+        facts={"state_bytes": 4.0},
     ),
     link(
         "in_low_rank",

@@ -1,7 +1,11 @@
 """Every row of the catalogue keeps every promise of the contract that applies to it."""
 
+import functools
+
 import catalog
+import jax
 import pytest
+from stepping import FULL
 
 from optlab.testing import checks_for, run_check
 
@@ -13,6 +17,12 @@ ROWS = [
 ]
 
 
+# Newton-Schulz raises a rounding of a small singular value by up to 3.4445^5 = 485.
+ITERATED = ("lanton", "muon", "noise_adaptive", "normuon", "orthogonalize", "scion")
+
+
 @pytest.mark.parametrize(("case", "check"), ROWS)
-def test_contract(case, check):
+def test_contract(case, check, monkeypatch):
+    if case.name.startswith(ITERATED):
+        monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=FULL))
     run_check(case, check)
