@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from optlab.lab import catalog, config, memory, race, schedule
+from optlab.lab import catalog, config, memory, optimizers, race, schedule
 
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
@@ -36,7 +36,7 @@ class Race:
     preset: Word = None
     """quick (default: under 3 minutes on 2 CPU cores), small or medium."""
     optimizers: Annotated[Repeated, tyro.conf.arg(metavar="NAME,NAME", help_behavior_hint="")] = ()
-    """Who races; repeatable. `optlab list` prints the names; adamw and sgd are optax's."""
+    """Who races, or all; repeatable. `optlab list` prints the names; adamw and sgd are optax's."""
     lr: Annotated[Repeated, tyro.conf.arg(metavar="NAME=RATE", help_behavior_hint="")] = ()
     """Peak learning rate of one optimizer, such as lion=3e-4; repeatable."""
     schedule: Word = None
@@ -69,7 +69,7 @@ class Race:
             del fields[name]
         given = {name: value for name, value in fields.items() if value is not None}
         if self.optimizers:
-            given["optimizers"] = config.split_names(self.optimizers)
+            given["optimizers"] = optimizers.asked(self.optimizers)
         if self.lr:
             given["learning_rates"] = config.parse_rates(self.lr)
         return given
@@ -161,7 +161,7 @@ def run(argv: list[str]) -> int:
             catalog.show()
             return 0
         case Memory():
-            names = config.split_names(options.optimizers, "memory") if options.optimizers else ()
+            names = optimizers.asked(options.optimizers, "memory") if options.optimizers else ()
             memory.show(options.subject(), names)
             return 0
         case Schedule(name=""):

@@ -2,12 +2,13 @@
 
 import difflib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import optax
 
 from optlab import codecs, quantize_state, recipes, wsd
+from optlab.lab import config as configs
 from optlab.lab.config import BadInput, Config
 from optlab.lab.rates import RATES
 
@@ -33,13 +34,19 @@ SCHEDULES: dict[str, Callable[[float, int, int], optax.Schedule]] = {
     "wsd": _wsd,
 }
 
-
+EVERYONE = "all"
 CODECS = {"fp8": codecs.fp8(), "int8": codecs.int8(), "int4": codecs.int4()}
 
 
 def names() -> tuple[str, ...]:
     """Return every name `--optimizers` takes; each can be followed by + and one of `CODECS`."""
     return (*BASELINES, *recipes.__all__)
+
+
+def asked(items: Iterable[str], command: str = "race") -> tuple[str, ...]:
+    """Return the names that `--optimizers` gives: everyone's for all, and no name twice."""
+    found = configs.split_names(items, command)
+    return names() if found == (EVERYONE,) else found
 
 
 def nearest(name: str, known: list[str]) -> str:
