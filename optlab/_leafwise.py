@@ -319,6 +319,7 @@ def resolve_mask(name: str, mask: Mask, params: Any) -> Any:
             f"parameters {theirs}. Give a bool per leaf or subtree, or a function of params."
         ) from error
     for path, leaf in _named(tree):
-        if not isinstance(leaf, bool):
+        # None where the parameters have None: what Equinox does not train.
+        if leaf is not None and not isinstance(leaf, bool):
             raise TypeError(f"{name}: the mask holds {leaf!r} at '{path}'. Use True or False.")
     return tree
