@@ -1,4 +1,4 @@
-"""Write the .ipynb of every .py of this folder: `python notebooks/pair.py`.
+"""Write the .ipynb of every .py of this folder: `python notebooks/pair.py`, or `... 01 02`.
 
 The .py files, in jupytext's percent format, are the source; what is edited in a notebook goes back
 with `jupytext --to py:percent notebooks/NAME.ipynb`. A notebook has no outputs, and what is the
@@ -6,6 +6,7 @@ same in all of them is written here: the header, the badge, the cells for instal
 """
 
 import pathlib
+import sys
 
 import jupytext
 import nbformat
@@ -100,5 +101,6 @@ def write(source: pathlib.Path) -> None:
 
 if __name__ == "__main__":
     for each in sources():
-        write(each)
-        print(each.with_suffix(".ipynb").name)
+        if not sys.argv[1:] or each.stem[:2] in sys.argv[1:]:
+            write(each)
+            print(each.with_suffix(".ipynb").name)

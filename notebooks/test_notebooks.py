@@ -43,11 +43,11 @@ def read(source: pathlib.Path) -> nbformat.NotebookNode:
     return nbformat.read(source.with_suffix(".ipynb"), as_version=4)
 
 
-def executed(source: pathlib.Path) -> nbformat.NotebookNode:
-    """Return the notebook of a source with its outputs; a failing cell raises."""
+def executed(source: pathlib.Path, folder: pathlib.Path) -> nbformat.NotebookNode:
+    """Return the notebook of a source, run in a folder; a failing cell raises."""
     notebook = read(source)
     notebook.cells.append(nbformat.v4.new_code_cell(CLOCK))
-    resources = {"metadata": {"path": str(pair.FOLDER)}}
+    resources = {"metadata": {"path": str(folder)}}
     return NotebookClient(notebook, timeout=300, resources=resources).execute()
 
 
@@ -67,12 +67,12 @@ def test_the_folder_has_notebooks():
 
 
 @named
-def test_runs_clean(source, monkeypatch):
+def test_runs_clean(source, tmp_path, monkeypatch):
     monkeypatch.setenv("OPTLAB_SMOKE", "1")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.delenv("MPLBACKEND", raising=False)
-    done = executed(source)
+    done = executed(source, tmp_path)
     found = outputs(done)
     assert [out.text for out in found if out.get("name") == "stderr"] == []
     assert 2 <= sum("image/png" in out.get("data", {}) for out in found) <= 4
