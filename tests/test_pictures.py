@@ -2,6 +2,7 @@
 
 import contextlib
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -111,3 +112,11 @@ def test_picture_of_logit_sharpness_draws_the_median(drawn):
     (ax,) = drawn(picture.draw_logit_sharpness, {"a": run, "b": run | {"logit_sharpness": [1, 2]}})
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), [2, 4])
     np.testing.assert_array_equal(ax.lines[1].get_ydata(), [1, 2])
+
+
+def test_pages_keep_their_margins_where_the_user_constrains_layouts(drawn):
+    found = lanczos.Ritz(np.array([-1.0, 2.0]), np.array([0.5, 0.5]), np.zeros(2))
+    with matplotlib.rc_context({"figure.constrained_layout.use": True}):
+        (ax,) = drawn(picture.draw_spectrum, found)
+    edges = (page.LEFT, page.BOTTOM, page.RIGHT, page.TOP)
+    np.testing.assert_allclose(ax.get_position().extents, edges)
