@@ -1,32 +1,154 @@
-"""The README: its code runs, its catalogue is the code's."""
+"""README and guide: their code runs, their numbers are the recorded ones, their links lead on."""
 
-import pathlib
+import ast
+import json
 import re
 
-import jax
+import guide
+import pytest
+import test_docstrings
 
 import optlab
 from optlab.lab import catalog
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+RESULTS = guide.ROOT / "benchmarks" / "results"
+TEXT = {page: page.read_text() for page in guide.PAGES}
+BLOCKS = {
+    f"{page.parent.name if page == guide.GUIDE else 'readme'}: {heading} {number}": (page, code)
+    for page in guide.PAGES
+    for heading, number, code in guide.sections(page)
+}
 
 
-def test_every_code_block_runs():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 19
-    names = {}
-    with jax.numpy_rank_promotion("allow"):  # as a reader's JAX is set
-        for block in blocks:
-            exec(compile(block, str(README), "exec"), names)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_runs_alone(name, monkeypatch, capsys):
+    del capsys
+    guide.run(*BLOCKS[name], monkeypatch)
+
+
+def test_every_block_is_run():
+    assert len(BLOCKS) == sum(text.count("```python\n") for text in TEXT.values()) == 26
+
+
+def test_every_example_of_a_docstring_is_run():
+    sources = (guide.ROOT / "optlab").rglob("*.py")
+    nodes = (node for path in sources for node in ast.walk(ast.parse(path.read_text())))
+    documented = (ast.FunctionDef, ast.ClassDef, ast.Module)
+    texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, documented)]
+    shown = [text for text in texts if re.search(r"^\s*Examples?:\s*$|>>> ", text, re.MULTILINE)]
+    assert len(shown) == len(test_docstrings.TESTS)
 
 
 def test_catalogue_is_the_codes():
-    text = README.read_text()
+    text = TEXT[guide.README]
     table = re.search(r"<!-- catalogue.*?-->\n(.*?)<!-- end of catalogue -->", text, re.DOTALL)
     assert table.group(1) == catalog.markdown()
 
 
 def test_every_public_name_is_mentioned():
-    text = README.read_text()
+    text = "\n".join(TEXT.values())
     missing = [name for name in optlab.__all__ if not re.search(rf"\b{name}\b", text)]
     assert missing == []
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def recorded(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def rows(text):
+    """Yield the cells of the rows of a Markdown table, without its head."""
+    for line in text.strip().splitlines()[2:]:
+        yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def evidence():
+    """Yield name, state, milliseconds, nats and rate of every method of the decision table."""
+    found = re.search(
+        r"<!-- evidence.*?-->\n(.*?)<!-- end of evidence -->", TEXT[guide.README], re.DOTALL
+    )
+    for _, take, *numbers, _ in rows(found.group(1)):
+        names = re.findall(r"`(\w+)`", take)
+        columns = [cell.split(", ") for cell in numbers]
+        columns = [column if column != ["-"] else ["-"] * len(names) for column in columns]
+        yield from zip(names, *columns, strict=True)
+
+
+def test_the_decision_table_has_every_recipe():
+    named = [name for name, *_ in evidence()]
+    listed = [cells[1].strip("`") for cells in rows(catalog.markdown())]
+    assert sorted(named) == sorted({*listed, "adamw"} - NOT_IN_THE_TABLE)
+
+
+# Lion-K is Lion by default; GradNormLoRP is GaLore on directions.
+NOT_IN_THE_TABLE = {"lion_k", "grad_norm_lorp"}
+
+
+def test_nats_and_rates_are_the_best_of_the_recorded_sweep():
+    losses = recorded("lr_sweep")["losses"]
+    for name, _, _, nats, rate in evidence():
+        best = min(losses[name], key=losses[name].get)
+        assert (nats, rate) == (f"{losses[name][best]:.2f}", best), name
+
+
+def test_state_is_that_of_the_catalogue():
+    state = {cells[1].strip("`"): cells[3] for cells in rows(catalog.markdown())}
+    for name, bytes_per_parameter, *_ in evidence():
+        assert bytes_per_parameter == {"adamw": "8", **state}[name], name
+
+
+def test_milliseconds_are_the_recorded_ones():
+    measured = milliseconds()
+    for name, _, shown, *_ in evidence():
+        assert shown == (f"{measured[name]:.0f}" if name in measured else "-"), name
+
+
+def milliseconds():
+    """Return the recorded time of a step by method, of both tables."""
+    low = {row["optimizer"]: row["p50 ms"] for row in recorded("low_rank_step")["rows"]}
+    steps = recorded("step_time")["rows"]
+    elementwise = {row["method"]: row["ms"] for row in steps if row["form"] == "optlab"}
+    return {**low, **elementwise, "adamw": low["optax.adamw"]}
+
+
+def test_steps_and_shares_are_those_of_the_picture():
+    race, text = recorded("race"), " ".join(TEXT[guide.README].split())
+    saved = {
+        name: 100 * (1 - losses["steps_to_adamw"] / race["config"]["steps"])
+        for name, losses in race["losses"].items()
+        if losses["steps_to_adamw"]
+    }
+    assert f"in {saved['normuon']:.0f} % fewer steps and Muon in {saved['muon']:.0f} %" in text
+    share = {name: 100 * timing["optimizer_share"] for name, timing in race["timings"].items()}
+    shown = f"it is {share['muon']:.0f} % of a training step, AdamW's {share['adamw']:.0f} %"
+    assert shown in text
+
+
+# --- links ----------------------------------------------------------------------------------------
+
+
+def anchor(heading):
+    """Return a heading's anchor, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def anchors(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    return {anchor(heading) for heading in re.findall(r"(?m)^#+ (.*)$", text)}
+
+
+@pytest.mark.parametrize("page", guide.PAGES, ids=["readme", "guide"])
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXT[page]):
+        if not target.startswith("http"):
+            path, _, place = target.partition("#")
+            found = page.parent / path if path else page
+            assert found.exists(), target
+            assert not place or place in anchors(found.resolve()), target
+
+
+def test_the_guide_lists_every_notebook():
+    notebooks = {path.name for path in guide.GUIDE.parent.glob("*.ipynb")}
+    assert notebooks <= set(re.findall(r"\((\w+\.ipynb)\)", TEXT[guide.GUIDE]))

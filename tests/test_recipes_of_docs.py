@@ -1,4 +1,4 @@
-"""The README's recipes of optax do what the papers say: each block is run, then measured."""
+"""The guide's recipes of optax do what the papers say: each block is run, then measured."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ import optax
 import pytest
 
 HERE = pathlib.Path(__file__).parent
-README = HERE.parent / "README.md"
+README = HERE.parent / "notebooks" / "README.md"
 
 
 @pytest.fixture(scope="module")
