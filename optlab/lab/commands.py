@@ -31,8 +31,10 @@ Path = Annotated[str | None, _optional(str, "PATH"), Plain]
 
 @dataclasses.dataclass(frozen=True)
 class Race:
-    """Train the same small GPT with several optimizers side by side and show who wins."""
+    """Train the same small network with several optimizers side by side and show who wins."""
 
+    workload: Word = None
+    """gpt (default), digits (a convolutional net) or rows (a GRU)."""
     preset: Word = None
     """quick (default: under 3 minutes on 2 CPU cores), small or medium."""
     optimizers: Annotated[Repeated, tyro.conf.arg(metavar="NAME,NAME", help_behavior_hint="")] = ()

@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from optlab.lab.workloads import WORKLOADS, Workload
+
 
 class BadInput(ValueError):
     """A mistake in the command line or in a file it names: told in one line, exit code 2."""
@@ -29,6 +31,12 @@ class Config:
     batch_size: int
     rounds: int  # times the optimizers take turns; each turn ends with an evaluation
     eval_windows: int
+    workload: str = "gpt"  # what races saved before there were others
+
+    @property
+    def work(self) -> Workload:
+        """What is learned."""
+        return WORKLOADS[self.workload]
 
     @property
     def round_steps(self) -> int:
@@ -42,7 +50,7 @@ class Config:
 
     @property
     def tokens_per_step(self) -> int:
-        """Bytes predicted in one step."""
+        """What is predicted in one step: bytes, images or pixels."""
         return self.batch_size * self.context
 
     @classmethod
@@ -52,47 +60,30 @@ class Config:
         return cls(**fields)
 
 
-# quick: 22 ms a step of AdamW on two CPU cores; small: some five times that, on three times the
-# weights. medium is for accelerators.
-PRESETS: dict[str, dict[str, int]] = {
-    "quick": {
-        "steps": 1000,
-        "layers": 3,
-        "width": 128,
-        "heads": 4,
-        "context": 64,
-        "batch_size": 16,
-        "rounds": 20,
-        "eval_windows": 256,
-    },
-    "small": {
-        "steps": 2000,
-        "layers": 4,
-        "width": 192,
-        "heads": 4,
-        "context": 128,
-        "batch_size": 8,
-        "rounds": 20,
-        "eval_windows": 512,
-    },
-    "medium": {
-        "steps": 5000,
-        "layers": 8,
-        "width": 512,
-        "heads": 8,
-        "context": 256,
-        "batch_size": 64,
-        "rounds": 50,
-        "eval_windows": 1024,
-    },
-}
+def workload(name: str) -> Workload:
+    """Return the workload of that name."""
+    if name not in WORKLOADS:
+        raise BadInput(f"race: --workload must be one of {', '.join(WORKLOADS)}, got {name!r}.")
+    return WORKLOADS[name]
 
 
-def preset(name: str) -> dict[str, int]:
-    """Return the sizes of a preset."""
-    if name not in PRESETS:
-        raise BadInput(f"race: --preset must be one of {', '.join(PRESETS)}, got {name!r}.")
-    return dict(PRESETS[name])
+def preset(name: str, of: str = "gpt") -> dict[str, int]:
+    """Return the sizes of a workload's preset."""
+    presets = workload(of).presets
+    if name not in presets:
+        raise BadInput(f"race: --preset must be one of {', '.join(presets)}, got {name!r}.")
+    return dict(presets[name])
+
+
+def refuse_strangers(asked: Mapping[str, Any], of: str) -> None:
+    """Refuse what the workload has no use for: a text, attention heads."""
+    found = workload(of)
+    for name in (*found.without, *(() if found.own_text else ("text",))):
+        if name in asked:
+            raise BadInput(
+                f"race: --{name} means nothing to --workload {of}, got {asked[name]!r}. "
+                "Leave it out."
+            )
 
 
 def split_names(items: Iterable[str], command: str = "race") -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The text: bytes read once, kept on the device, cut into batches inside jit."""
+"""What is learned: bytes read once, kept on the device, cut into batches inside jit."""
 
 import hashlib
 import sysconfig
@@ -8,7 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
+from optlab.lab import config as configs
 from optlab.lab.config import BadInput, Config
 
 # 8 MiB are eight times what the quick race reads. What is left out is not source code to learn
@@ -20,8 +22,16 @@ _LEFT_OUT = frozenset(
 HELD_OUT_SHARE = 0.05
 
 
+IMAGE_BYTES = 65  # 8 x 8 greys from 0 to 16, and the digit
+HELD_OUT_IMAGES = 599  # a third
+
+
 class Corpus(NamedTuple):
-    """Training bytes (n,) uint8 and held-out windows (batches, batch_size, context + 1) uint8."""
+    """Training data and held-out batches, uint8.
+
+    Of a text, bytes (n,) and windows (batches, batch_size, context + 1); of images, rows of 64
+    greys and a label, (n, 65) and (batches, batch_size, 65).
+    """
 
     train: jax.Array
     held_out: jax.Array
@@ -39,6 +49,25 @@ def standard_library() -> bytes:
         if total >= STANDARD_LIBRARY_BYTES:
             break
     return b"".join(pieces)[:STANDARD_LIBRARY_BYTES]
+
+
+def digits() -> bytes:
+    """Return scikit-learn's handwritten digits, in an order that no one chose."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise BadInput(
+            "race: this workload needs scikit-learn, got an environment without. "
+            'Run: pip install "optlab[race]"'
+        ) from None
+    images, labels = load_digits(return_X_y=True)
+    rows = np.concatenate([images, labels[:, None]], axis=1).astype(np.uint8)
+    return np.random.default_rng(0).permutation(rows).tobytes()
+
+
+def read(workload: str, path: str | None) -> bytes:
+    """Return what a workload learns, as bytes."""
+    return read_text(path) if configs.workload(workload).own_text else digits()
 
 
 def read_text(path: str | None) -> bytes:
@@ -61,6 +90,11 @@ def fingerprint(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()
 
 
+def describe(config: Config) -> str:
+    """Return what a figure or a summary calls this text, or these images."""
+    return describe_text(config.text) if config.work.own_text else "handwritten digits"
+
+
 def describe_text(path: str | None) -> str:
     """Return what a figure or a summary calls this text."""
     if path is None:
@@ -69,7 +103,12 @@ def describe_text(path: str | None) -> str:
 
 
 def make_corpus(text: bytes, config: Config) -> Corpus:
-    """Put the text on the device: all but its last twentieth to train on, the rest held out."""
+    """Put it on the device: of a text all but its last twentieth to train on, of images two thirds.
+
+    The rest is held out.
+    """
+    if not config.work.own_text:
+        return _split_images(np.frombuffer(text, np.uint8).reshape(-1, IMAGE_BYTES), config)
     held = int(len(text) * HELD_OUT_SHARE)
     window = config.context + 1
     if held < window:
@@ -82,6 +121,15 @@ def make_corpus(text: bytes, config: Config) -> Corpus:
     return Corpus(jnp.asarray(data[:-held]), jnp.asarray(_windows(data[-held:], config)))
 
 
+def _split_images(rows: np.ndarray, config: Config) -> Corpus:
+    batches = max(1, config.eval_windows // config.batch_size)
+    held_out = rows[-HELD_OUT_IMAGES:][: batches * config.batch_size]
+    return Corpus(
+        jnp.asarray(rows[:-HELD_OUT_IMAGES]),
+        jnp.asarray(held_out.reshape(batches, config.batch_size, IMAGE_BYTES)),
+    )
+
+
 def _windows(held_out: np.ndarray, config: Config) -> np.ndarray:
     """Cut evenly spaced windows, the same for every optimizer and every evaluation."""
     window = config.context + 1
@@ -91,13 +139,15 @@ def _windows(held_out: np.ndarray, config: Config) -> np.ndarray:
     return windows.reshape(batches, config.batch_size, window)
 
 
-def batch(train: jax.Array, seed: int, step: jax.Array, config: Config) -> jax.Array:
-    """Return the windows (batch_size, context + 1) of one step.
+def batch(train: jax.Array, seed: ArrayLike, step: jax.Array, config: Config) -> jax.Array:
+    """Return the windows (batch_size, context + 1) of one step, or its images (batch_size, 65).
 
     The key depends on (seed, step) alone, so every optimizer sees the same batches and a resumed
     race goes on with the batch it would have had.
     """
-    window = config.context + 1
     key = jax.random.fold_in(jax.random.key(seed), step)
+    if not config.work.own_text:
+        return train[jax.random.randint(key, (config.batch_size,), 0, len(train))]
+    window = config.context + 1
     starts = jax.random.randint(key, (config.batch_size,), 0, train.size - window + 1)
     return jax.vmap(lambda start: jax.lax.dynamic_slice(train, (start,), (window,)))(starts)

@@ -1,4 +1,4 @@
-"""The picture of a race: held-out loss against steps and against seconds."""
+"""The picture of a race: what is held out, against steps and against seconds."""
 
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from optlab.lab import report
+from optlab.lab.config import Config
 
 # Distinguishable with the common colour deficiencies and on a projector; AdamW is the dark one.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7B5BA6", "#8C564B")
-_REFERENCE, INK, FAINT = "#1A1A1A", "#333333", "#6B6B6B"
+_REFERENCE, INK, FAINT, PALE = "#1A1A1A", "#333333", "#6B6B6B", "#D0D0D0"
+MOST = 8  # curves that can be told apart; of more, so many of the best have colours and names
 
 
-def _colours(names: list[str]) -> dict[str, str]:
-    others = [name for name in names if name != report.REFERENCE]
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
-    return {report.REFERENCE: _REFERENCE, **colours}
+def colours(names: list[str]) -> dict[str, str]:
+    """Return a colour for each optimizer to be named, the best first; the others are left out."""
+    few = len(names) <= MOST
+    others = [name for name in names if name != report.REFERENCE][: None if few else MOST - 2]
+    found = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
+    return {report.REFERENCE: _REFERENCE, **found}
 
 
 def _limits(results: dict[str, Any]) -> tuple[float, float]:
@@ -63,7 +67,7 @@ def style(axes: Axes, xlabel: str, limits: tuple[float, float]) -> None:
 
 
 def _draw(axes: Axes, results: dict[str, Any], xs: dict[str, list[float]], crossed: dict) -> None:
-    colours = _colours(report.standing(results))
+    found = colours(report.standing(results))
     last = max(x[-1] for x in xs.values() if x)
     axes.set_xlim(0, last)
     labelled = []
@@ -72,13 +76,16 @@ def _draw(axes: Axes, results: dict[str, Any], xs: dict[str, list[float]], cross
         if not losses:
             continue
         reference = name == report.REFERENCE
+        if name not in found:
+            axes.plot(x, losses, color=PALE, linewidth=0.9, zorder=1)
+            continue
         axes.plot(
-            x, losses, color=colours[name], linewidth=2.2, solid_capstyle="round",
+            x, losses, color=found[name], linewidth=2.2, solid_capstyle="round",
             linestyle=(0, (4, 1.6)) if reference else "-", zorder=3 if reference else 2,
         )  # fmt: skip
         labelled.append((name, x[-1], losses[-1]))
-    _mark_target(axes, results, crossed, colours, last)
-    _label(axes, results, labelled, colours, last)
+    _mark_target(axes, results, crossed, found, last)
+    _label(axes, results, labelled, found, last)
 
 
 def _mark_target(
@@ -90,11 +97,11 @@ def _mark_target(
         return
     axes.plot([0, last], [target, target], color=FAINT, linewidth=1, linestyle=":", zorder=1)
     axes.annotate(
-        "AdamW's final loss", (0, target), xytext=(4, 4), textcoords="offset points",
-        color=FAINT, fontsize=10.5,
+        f"AdamW's final {_config(results).work.metric}", (0, target), xytext=(4, 4),
+        textcoords="offset points", color=FAINT, fontsize=10.5,
     )  # fmt: skip
     for name, x in crossed.items():
-        if x is not None and name != report.REFERENCE:
+        if x is not None and name != report.REFERENCE and name in colours:
             axes.plot(
                 x, target, "o", color=colours[name], markersize=9,
                 markeredgecolor="white", markeredgewidth=1.5, zorder=4,
@@ -129,14 +136,15 @@ def write(results: dict[str, Any], path: Path) -> None:
         limits = _limits(results)
         style(left, "training steps", limits)
         style(right, f"seconds of training on {results['device']}", limits)
-        left.set_ylabel("held-out loss, nats per byte", color=INK, fontsize=12)
+        left.set_ylabel(_config(results).work.measure, color=INK, fontsize=12)
         _draw(left, results, steps, {n: results["losses"][n]["steps_to_adamw"] for n in names})
         _draw(
             right, results, seconds, {n: results["timings"][n]["seconds_to_adamw"] for n in names}
         )
     _title(figure, results)
     # Room beside each panel for the longest label, which is about 0.085 in of width a letter.
-    room = 0.02 + max(len(name) + 8 for name in names) * 0.1 / 14
+    named = [name for name in colours(report.standing(results)) if name in names]
+    room = 0.02 + max(len(name) + 8 for name in named) * 0.1 / 14
     width = (1 - 0.055 - 2 * room) / 2
     left.set_position((0.055, 0.1, width, 0.74))
     right.set_position((0.055 + width + room, 0.1, width, 0.74))
@@ -146,16 +154,22 @@ def write(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def _config(results: dict[str, Any]) -> Config:
+    return Config.from_json(results["config"])
+
+
 def _title(figure: Figure, results: dict[str, Any]) -> None:
-    config = results["config"]
+    config, names = _config(results), list(results["losses"])
+    work, unnamed = config.work, len(names) - len(set(names) & set(colours(names)))
     figure.text(
-        0.055, 0.935, f"Learning to write {results['text']}",
+        0.055, 0.935, work.does.format(text=results["text"]),
         fontsize=19, fontweight="bold", color=INK,
     )  # fmt: skip
+    others = f". Grey, without a name: {unnamed} others" if unnamed else ""
     figure.text(
         0.055, 0.885,
-        f"Byte-level GPT, {report.millions(results['parameters'])} parameters: the same initial "
-        f"weights, batches and schedule ({config['schedule']}) for every optimizer, "
-        f"{config['steps']} steps of {config['batch_size'] * config['context']} bytes",
+        f"{work.network}, {report.millions(results['parameters'])} parameters: the same initial "
+        f"weights, batches and schedule ({config.schedule}) for every optimizer, "
+        f"{config.steps} steps of {config.tokens_per_step} {work.token}{others}",
         fontsize=12, color=FAINT,
     )  # fmt: skip

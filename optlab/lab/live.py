@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 
 from optlab.lab import data, report
+from optlab.lab.config import Config
 from optlab.lab.train import Problem, Runner
 
 
@@ -19,12 +20,12 @@ def _console() -> Console:
 
 def announce(problem: Problem) -> None:
     """Say what is about to be trained, on what, where."""
-    config, corpus = problem.config, problem.corpus
+    config, corpus, work = problem.config, problem.corpus, problem.config.work
     _console().print(
-        f"Byte-level GPT, {report.millions(problem.size)} parameters "
+        f"{work.network}, {report.millions(problem.size)} parameters "
         f"({config.layers} layers, width {config.width}), on "
-        f"{data.describe_text(config.text)} ({report.millions(corpus.train.size)} bytes). "
-        f"{config.steps} steps of {config.tokens_per_step} bytes, "
+        f"{data.describe(config)} ({report.size_of(corpus)}). "
+        f"{config.steps} steps of {config.tokens_per_step} {work.token}, "
         f"{config.schedule} schedule, seed {config.seed}, {report.device()}."
     )
 
@@ -47,7 +48,8 @@ class _Plain:
     def __init__(self, console: Console, problem: Problem, runners: list[Runner]):
         self._console, self._runners = console, runners
         self._steps = problem.config.steps
-        console.print("Held-out loss, nats per byte:")
+        measure = problem.config.work.measure
+        console.print(f"{measure[0].upper()}{measure[1:]}:")
 
     def turn(self, runner: Runner) -> None:
         """Say once that a runner has diverged."""
@@ -71,7 +73,7 @@ class _Table:
     """A table redrawn at every turn."""
 
     def __init__(self, live: Live, problem: Problem, runners: list[Runner]):
-        self._live, self._runners = live, runners
+        self._live, self._runners, self._work = live, runners, problem.config.work
         self._steps = problem.config.steps
         live.update(self._draw())
 
@@ -84,7 +86,7 @@ class _Table:
 
     def _draw(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for heading in report.LIVE_HEADINGS:
+        for heading in report.live_headings(self._work):
             table.add_column(heading, justify="left" if heading == "optimizer" else "right")
         alive = [r for r in self._runners if r.curve.held_out and r.diverged_at is None]
         best = min((r.curve.held_out[-1] for r in alive), default=None)
@@ -110,7 +112,7 @@ def conclude(results: dict[str, Any], out: Path) -> None:
     """Print the final table and where the files are."""
     console = _console()
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in report.HEADINGS:
+    for heading in report.headings(Config.from_json(results["config"]).work):
         table.add_column(heading, justify="left" if heading == "optimizer" else "right")
     for place, row in enumerate(report.rows(results)):
         table.add_row(*row, style="bold green" if place == 0 and console.is_terminal else "")

@@ -118,9 +118,11 @@ def _in_few_bits(
     return make
 
 
-def make(name: str, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """Return the transformation of that name, everything but its rate at its default."""
-    return optax.with_extra_args_support(recipe(name)(schedule))
+def make(
+    name: str, schedule: optax.Schedule, **arguments: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Return the transformation of that name, all but its rate and these arguments at default."""
+    return optax.with_extra_args_support(recipe(name)(schedule, **arguments))
 
 
 def build(name: str, config: Config) -> optax.GradientTransformationExtraArgs:

@@ -13,7 +13,7 @@ from optlab.lab import config as configs
 from optlab.lab import data, figure, live, optimizers, report
 from optlab.lab.checkpoint import Checkpoints
 from optlab.lab.config import BadInput, Config
-from optlab.lab.train import Problem, Runner, make_problem
+from optlab.lab.train import Problem, Program, Runner, make_problem
 
 # One of each family beside the baseline.
 DEFAULT_OPTIMIZERS = ("adamw", "muon", "normuon", "signum", "nap", "lars")
@@ -24,13 +24,16 @@ class Interrupted(Exception):
     """Ctrl-C was pressed and the race is saved."""
 
 
-def folder(out: str | None, preset: str | None) -> Path:
+def folder(out: str | None, preset: str | None, workload: str | None = None) -> Path:
     """Return the folder of a race."""
-    return Path(out) if out else Path("runs") / f"race-{preset or 'quick'}"
+    of = "" if workload in (None, "gpt") else f"{workload}-"
+    return Path(out) if out else Path("runs") / f"race-{of}{preset or 'quick'}"
 
 
 def new_config(asked: Mapping[str, Any], text: bytes) -> Config:
     """Return the race that the command line asks for; what it does not say is the preset's."""
+    workload = asked.get("workload", "gpt")
+    configs.refuse_strangers(asked, workload)
     fields: dict[str, Any] = {
         "preset": "quick",
         "optimizers": DEFAULT_OPTIMIZERS,
@@ -38,7 +41,7 @@ def new_config(asked: Mapping[str, Any], text: bytes) -> Config:
         "text": None,
         "text_sha256": data.fingerprint(text),
         "seed": 0,
-        **configs.preset(asked.get("preset", "quick")),
+        **configs.preset(asked.get("preset", "quick"), workload),
         **asked,
     }
     rates = asked.get("learning_rates", {})
@@ -53,11 +56,11 @@ def saved_config(values: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[C
     """Return the saved race and its text, or refuse what differs from it."""
     saved = Config.from_json(values["config"])
     configs.refuse_changes(saved, asked)
-    text = data.read_text(saved.text)
+    text = data.read(saved.workload, saved.text)
     if data.fingerprint(text) != saved.text_sha256:
         raise BadInput(
             "race: --resume needs the text the race began with, got another one in "
-            f"{saved.text or 'the standard library'}. Start another race with another --out."
+            f"{saved.text or data.describe(saved)}. Start another race with another --out."
         )
     return saved, text
 
@@ -101,6 +104,12 @@ def restore(checkpoints: Checkpoints, values: dict[str, Any], runners: list[Runn
         runner.restore(arrays[runner.name], values["runners"][runner.name])
 
 
+def new_runner(name: str, problem: Problem) -> Runner:
+    """Return an optimizer at the start, with the race's rate and schedule."""
+    program = Program(problem, lambda setting: optimizers.build(name, problem.config))
+    return Runner(name, program, problem.params)
+
+
 def take_turns(problem: Problem, runners: list[Runner], checkpoints: Checkpoints) -> None:
     """Advance the runner that is furthest behind until all have arrived, saving every round."""
     config = problem.config
@@ -126,7 +135,7 @@ def _open(
     if resume:
         values = checkpoints.read_values()
         return *saved_config(values, asked), values
-    text = data.read_text(asked.get("text"))
+    text = data.read(asked.get("workload", "gpt"), asked.get("text"))
     config = new_config(asked, text)
     if checkpoints.exists() and _unfinished(checkpoints.read_values()):
         raise BadInput(
@@ -143,12 +152,12 @@ def _unfinished(values: dict[str, Any]) -> bool:
 
 def run(asked: Mapping[str, Any], *, out: str | None = None, resume: bool = False) -> Path:
     """Run a race, or what is left of it, and return the folder with its results."""
-    target = folder(out, asked.get("preset"))
+    target = folder(out, asked.get("preset"), asked.get("workload"))
     checkpoints = Checkpoints(target)
     config, text, values = _open(checkpoints, asked, resume)
     problem = make_problem(config, text)
     live.announce(problem)
-    runners = [Runner(name, problem) for name in config.optimizers]
+    runners = [new_runner(name, problem) for name in config.optimizers]
     if values:
         restore(checkpoints, values, runners)
         live.announce_resume(values, runners)

@@ -11,17 +11,12 @@ from typing import Any
 import jax
 
 from optlab.lab import data
+from optlab.lab.config import Config
 from optlab.lab.train import Problem, Runner
+from optlab.lab.workloads import Workload
 
 REFERENCE = "adamw"
-LIVE_HEADINGS = (
-    "optimizer", "step", "train loss", "held-out loss", "tokens/s", "optimizer's share",
-    "state bytes/param",
-)  # fmt: skip
-HEADINGS = (
-    "optimizer", "learning rate", "held-out loss", "steps to AdamW's loss", "seconds to it",
-    "tokens/s", "optimizer's share", "state bytes/param",
-)  # fmt: skip
+COSTS = ("tokens/s", "optimizer's share", "state bytes/param")
 _PACKAGES = ("optlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -40,8 +35,20 @@ def device() -> str:
 
 
 def millions(count: int) -> str:
-    """Return 0.79M for 790000."""
-    return f"{count / 1e6:.2f}M"
+    """Return 0.79M for 790000, and few as they are."""
+    return f"{count:,}" if count < 100_000 else f"{count / 1e6:.2f}M"
+
+
+def size_of(corpus: data.Corpus) -> str:
+    """Return how much there is to train on."""
+    return f"{millions(len(corpus.train))} {'bytes' if corpus.train.ndim == 1 else 'images'}"
+
+
+def sizes(config: Config) -> str:
+    """Return the sizes of the network that mean something to it."""
+    more = () if config.work.without else (f"{config.heads} heads", f"context {config.context}")
+    layers = f"{config.layers} layer{'s' * (config.layers > 1)}"
+    return ", ".join((layers, f"width {config.width}", *more))
 
 
 def _number(value: float | None, form: str) -> str:
@@ -54,6 +61,18 @@ def _fewer(steps: float | None, of: int) -> str:
         return "-"
     saved = f" ({1 - steps / of:.0%} fewer)" if steps < of else ""
     return f"{steps:.0f}{saved}"
+
+
+def live_headings(work: Workload) -> tuple[str, ...]:
+    """Return the headings of the table that is seen while the race runs."""
+    return ("optimizer", "step", "train loss", f"held-out {work.metric}", *COSTS)
+
+
+def headings(work: Workload) -> tuple[str, ...]:
+    """Return the headings of the final table."""
+    word = work.metric
+    results = ("learning rate", f"held-out {word}", f"steps to AdamW's {word}", "seconds to it")
+    return ("optimizer", *results, *COSTS)
 
 
 def live_row(runner: Runner, steps: int) -> tuple[str, ...]:
@@ -92,7 +111,7 @@ def results(problem: Problem, runners: list[Runner]) -> dict[str, Any]:
         "seed": config.seed,
         "versions": versions(),
         "device": device(),
-        "text": data.describe_text(config.text),
+        "text": data.describe(config),
         "text_bytes": problem.corpus.train.size,
         "parameters": problem.size,
         "losses": {r.name: _losses(r, final.get(r.name), target) for r in runners},
@@ -160,17 +179,17 @@ def markdown_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> st
 
 def summary(results: dict[str, Any]) -> str:
     """Return summary.md."""
-    config = results["config"]
+    config = Config.from_json(results["config"])
+    work = config.work
     used = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return f"""# Race on {results["text"]}
 
-A byte-level GPT of {millions(results["parameters"])} parameters ({config["layers"]} layers, width
-{config["width"]}, {config["heads"]} heads, context {config["context"]}) trained for
-{config["steps"]} steps of {config["batch_size"]} x {config["context"]} bytes with each optimizer:
-the same initial weights, the same batches, the same `{config["schedule"]}` schedule. Losses are
-nats per byte on text held out from training.
+{work.network} of {millions(results["parameters"])} parameters ({sizes(config)}) trained for
+{config.steps} steps of {config.batch_size} x {config.context} {work.token} with each optimizer: the
+same initial weights, the same batches, the same `{config.schedule}` schedule. What is compared is
+the {work.measure}.
 
-{markdown_table(HEADINGS, rows(results))}
+{markdown_table(headings(work), rows(results))}
 
 ![Held-out loss against steps and seconds](curves.png)
 
@@ -178,7 +197,7 @@ Steps and seconds to AdamW's final loss are read off the curves, linear between
 evaluations; seconds hold neither compilation nor evaluation. The optimizer's share is the time of
 the update alone over the time of the whole step.
 
-Preset {config["preset"]}, seed {results["seed"]}, on {results["device"]}. {used}.
+Preset {config.preset}, seed {results["seed"]}, on {results["device"]}. {used}.
 """
 
 

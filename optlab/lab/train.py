@@ -9,27 +9,36 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 
 from optlab import gauss_newton_diagonal
-from optlab.lab import data, model, optimizers
+from optlab.lab import data, model
 from optlab.lab.config import Config
 
 Transform = optax.GradientTransformationExtraArgs
 TIMED_UPDATES = 20
 
 
-def make_chunk(structure: nnx.GraphDef, tx: Transform, config: Config, length: int) -> Callable:
+def make_chunk(
+    structure: nnx.GraphDef,
+    tx: Transform,
+    config: Config,
+    length: int,
+    seed: ArrayLike | None = None,
+) -> Callable:
     """Return `chunk(params, opt_state, train, start) -> params, opt_state, losses`.
 
-    It runs `length` steps in one `lax.scan`; jit it with the first two arguments donated.
+    It runs `length` steps in one `lax.scan`; jit it with the first two arguments donated. The seed
+    of the batches is the config's, unless another one is given, which may be traced.
     """
+    seed = config.seed if seed is None else seed
 
     def one_step(train: jax.Array, carry: tuple, step: jax.Array) -> tuple[tuple, jax.Array]:
         params, opt_state = carry
-        windows = data.batch(train, config.seed, step, config)
-        value, grads = jax.value_and_grad(lambda p: model.loss(structure, p, windows))(params)
+        batch = data.batch(train, seed, step, config)
+        value, grads = jax.value_and_grad(lambda p: model.loss(structure, p, batch))(params)
         # Sophia's estimate; it costs nothing where no one asks.
-        curvature = gauss_newton_diagonal(lambda p: model.logits(structure, p, windows))
+        curvature = gauss_newton_diagonal(lambda p: model.logits(structure, p, batch))
         updates, opt_state = tx.update(grads, opt_state, params, curvature=curvature)
         return (optax.apply_updates(params, updates), opt_state), value
 
@@ -64,7 +73,7 @@ def make_updates_alone(tx: Transform) -> Callable:
 
 
 class Problem(NamedTuple):
-    """What all optimizers share: model, first weights, text and the compiled evaluation."""
+    """What all optimizers share: model, first weights, data and the compiled evaluation."""
 
     config: Config
     structure: nnx.GraphDef
@@ -79,16 +88,17 @@ class Problem(NamedTuple):
 
 
 def make_problem(config: Config, text: bytes) -> Problem:
-    """Put text and first weights on the device and compile the evaluation."""
+    """Put data and first weights on the device and compile the evaluation."""
     corpus = data.make_corpus(text, config)
     structure, _ = model.abstract(config)
+    metric = model.METRICS[config.work.metric]
 
     @jax.jit
-    def mean_loss(params: nnx.State, held_out: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda w: model.loss(structure, params, w), held_out).mean()
+    def mean(params: nnx.State, held_out: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda batch: metric(structure, params, batch), held_out).mean()
 
     def evaluate(params: nnx.State) -> float:
-        return float(mean_loss(params, corpus.held_out))
+        return float(mean(params, corpus.held_out))
 
     return Problem(config, structure, model.initial_params(config), corpus, evaluate)
 
@@ -109,23 +119,80 @@ class Curve(NamedTuple):
     seconds: list[float]
 
 
-class Runner:
-    """One optimizer in the race, from its first step to its last."""
+class Program:
+    """One optimizer on a problem, compiled: the pieces of its runs, and its update alone.
 
-    def __init__(self, name: str, problem: Problem):
-        self.name = name
+    `transform(setting)` is the optimizer; a setting is a tree of arrays, so that runs which differ
+    in their setting share what is compiled. A race has none.
+    """
+
+    def __init__(self, problem: Problem, transform: Callable[[Any], Transform]):
         self.problem = problem
-        self.tx = optimizers.build(name, problem.config)
-        self.params = jax.tree.map(jnp.copy, problem.params)  # donated, so each has its own
-        self.opt_state = jax.jit(self.tx.init)(self.params)
-        self.state_bytes = state_bytes_per_parameter(self.tx, self.params)
+        self.transform = transform
+        self.init = jax.jit(lambda params, setting: transform(setting).init(params))
+        self.update_seconds = 0.0
+        self._compiled: dict[int, Callable] = {}
+
+    def chunk(self, length: int) -> Callable:
+        """Return `chunk(params, opt_state, train, start, setting)`, whose seed may be a setting."""
+
+        def chunk(params: Any, opt_state: Any, train: jax.Array, start: jax.Array, setting: Any):
+            problem, tx = self.problem, self.transform(setting)
+            seed = getattr(setting, "seed", None)
+            of_tx = make_chunk(problem.structure, tx, problem.config, length, seed)
+            return of_tx(params, opt_state, train, start)
+
+        return chunk
+
+    def compiled(self, length: int, params: Any, opt_state: Any, setting: Any) -> tuple:
+        """Return the compiled chunk, and the seconds it took to compile it now.
+
+        It is compiled ahead, so that the clock of the steps never holds a compilation.
+        """
+        seconds = 0.0
+        if length not in self._compiled:
+            begin = time.perf_counter()
+            arguments = (params, opt_state, self.problem.corpus.train, np.int32(0), setting)
+            jitted = jax.jit(self.chunk(length), donate_argnums=(0, 1))
+            self._compiled[length] = jitted.lower(*arguments).compile()
+            seconds = time.perf_counter() - begin
+            if not self.update_seconds:
+                self.update_seconds = self._time_updates(opt_state, setting)
+        return self._compiled[length], seconds
+
+    def _time_updates(self, opt_state: Any, setting: Any) -> float:
+        """Return the seconds of one update on the real tree, the best of three calls."""
+        first = self.problem.params
+        params, state = jax.tree.map(jnp.copy, (first, opt_state))
+        # The time does not depend on the values, so the weights stand in for a gradient.
+        updates = (
+            jax.jit(make_updates_alone(self.transform(setting)), donate_argnums=(0, 1))
+            .lower(params, state, first)
+            .compile()
+        )
+        best = np.inf
+        for _ in range(3):
+            begin = time.perf_counter()
+            params, state = jax.block_until_ready(updates(params, state, first))
+            best = min(best, time.perf_counter() - begin)
+        return best / TIMED_UPDATES
+
+
+class Runner:
+    """One run of an optimizer, from its first step to its last."""
+
+    def __init__(self, name: str, program: Program, params: Any, setting: Any = ()):
+        self.name = name
+        self.program, self.setting = program, setting
+        self.problem = program.problem
+        self.params = jax.tree.map(jnp.copy, params)  # donated, so each has its own
+        self.opt_state = program.init(self.params, setting)
+        self.state_bytes = state_bytes_per_parameter(program.transform(setting), self.params)
         self.step = 0
         self.seconds = 0.0
         self.compile_seconds = 0.0
-        self.update_seconds = 0.0
         self.diverged_at: int | None = None
         self.curve = Curve([], [], [], [])
-        self._compiled: dict[int, Callable] = {}
 
     @property
     def racing(self) -> bool:
@@ -135,7 +202,7 @@ class Runner:
     @property
     def optimizer_share(self) -> float | None:
         """Part of a step's time that the update takes; None before the first turn."""
-        return self.update_seconds * self.step / self.seconds if self.seconds else None
+        return self.program.update_seconds * self.step / self.seconds if self.seconds else None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -147,10 +214,12 @@ class Runner:
         """Take one turn: a chunk of steps, then an evaluation."""
         config = self.problem.config
         length = min(config.round_steps - self.step % config.round_steps, config.steps - self.step)
-        chunk = self._compile(length)
+        chunk, seconds = self.program.compiled(length, self.params, self.opt_state, self.setting)
+        self.compile_seconds += seconds
+        train, start = self.problem.corpus.train, np.int32(self.step)
         begin = time.perf_counter()
         self.params, self.opt_state, losses = chunk(
-            self.params, self.opt_state, self.problem.corpus.train, np.int32(self.step)
+            self.params, self.opt_state, train, start, self.setting
         )
         losses = np.asarray(losses)
         self.seconds += time.perf_counter() - begin
@@ -168,45 +237,13 @@ class Runner:
         self.curve.held_out.append(held_out)
         self.curve.seconds.append(self.seconds)
 
-    def _compile(self, length: int) -> Callable:
-        """Compile ahead, so that the clock of the steps never holds a compilation."""
-        if length not in self._compiled:
-            begin = time.perf_counter()
-            chunk = make_chunk(self.problem.structure, self.tx, self.problem.config, length)
-            self._compiled[length] = (
-                jax.jit(chunk, donate_argnums=(0, 1))
-                .lower(self.params, self.opt_state, self.problem.corpus.train, np.int32(0))
-                .compile()
-            )
-            self.compile_seconds += time.perf_counter() - begin
-            if not self.update_seconds:
-                self.update_seconds = self._time_updates()
-        return self._compiled[length]
-
-    def _time_updates(self) -> float:
-        """Return the seconds of one update on the real tree, the best of three calls."""
-        first = self.problem.params
-        params, state = jax.tree.map(jnp.copy, (first, self.opt_state))
-        # The time does not depend on the values, so the weights stand in for a gradient.
-        updates = (
-            jax.jit(make_updates_alone(self.tx), donate_argnums=(0, 1))
-            .lower(params, state, first)
-            .compile()
-        )
-        best = np.inf
-        for _ in range(3):
-            begin = time.perf_counter()
-            params, state = jax.block_until_ready(updates(params, state, first))
-            best = min(best, time.perf_counter() - begin)
-        return best / TIMED_UPDATES
-
     def save(self) -> tuple[Any, dict[str, Any]]:
         """Return the arrays and the plain values of a checkpoint."""
         values = {
             "step": self.step,
             "seconds": self.seconds,
             "compile_seconds": self.compile_seconds,
-            "update_seconds": self.update_seconds,
+            "update_seconds": self.program.update_seconds,
             "diverged_at": self.diverged_at,
             "curve": self.curve._asdict(),
         }
@@ -217,6 +254,6 @@ class Runner:
         self.params, self.opt_state = arrays
         self.step, self.seconds = values["step"], values["seconds"]
         self.compile_seconds = values["compile_seconds"]
-        self.update_seconds = values["update_seconds"]
+        self.program.update_seconds = values["update_seconds"]
         self.diverged_at = values["diverged_at"]
         self.curve = Curve(**values["curve"])
