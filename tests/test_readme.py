@@ -20,13 +20,19 @@ BLOCKS = {
 }
 
 
+# Below these blocks stands what they print, on 8 devices.
+PRINTED = ("readme: Compose it 0", "readme: Orthogonalize on a mesh 0")
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_runs_alone(name, monkeypatch, capsys):
-    del capsys
     guide.run(*BLOCKS[name], monkeypatch)
+    printed = capsys.readouterr().out.strip()
+    assert name not in PRINTED or f"```\n{printed}\n```" in TEXT[guide.README]
 
 
 def test_every_block_is_run():
+    assert set(PRINTED) < set(BLOCKS)
     assert len(BLOCKS) == sum(text.count("```python\n") for text in TEXT.values()) == 26
 
 
@@ -124,6 +130,15 @@ def test_steps_and_shares_are_those_of_the_picture():
     share = {name: 100 * timing["optimizer_share"] for name, timing in race["timings"].items()}
     shown = f"it is {share['muon']:.0f} % of a training step, AdamW's {share['adamw']:.0f} %"
     assert shown in text
+
+
+@pytest.mark.parametrize("method", ["lion", "adabelief", "lamb", "muon"])
+def test_times_beside_optax_are_the_recorded_ones(method):
+    rows = {row["form"]: row for row in recorded("step_time")["rows"] if row["method"] == method}
+    ours, theirs = rows["optlab"], rows["optax"]
+    line = re.search(rf"(?m)^\| `{method}`, (GPT of 196|the same).*$", TEXT[guide.README])[0]
+    assert f"| 1, {ours['temp %']:.0f} %" in line
+    assert f"| {theirs['ms'] / ours['ms']:.1f}, {theirs['temp %']:.0f} %" in line
 
 
 # --- links ----------------------------------------------------------------------------------------
