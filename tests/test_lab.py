@@ -77,7 +77,7 @@ def test_plain_lines_without_a_terminal(whole):
 def test_alone_on_a_terminal_the_numbers_are_the_same(whole, text, tmp_path, monkeypatch):
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=120, _environ={"TERM": "xterm"})
-    monkeypatch.setattr(live, "_console", lambda: terminal)
+    monkeypatch.setattr(live, "make_console", lambda: terminal)
     argv = ["race", text, *SIZES, "--optimizers=lion", "--lr=lion=3e-3", "--steps=60"]
     assert cli.main([*argv, f"--out={tmp_path}"]) == 0
     for heading in ("train loss", "held-out loss", "tokens/s", "optimizer's share", "60/60"):

@@ -199,7 +199,7 @@ def test_steps_to_the_target_say_how_many_fewer(steps, cell):
 
 
 def test_labels_do_not_touch():
-    spots = figure._spread([1.0, 1.01, 1.02, 3.0], 0.1)
+    spots = figure.spread([1.0, 1.01, 1.02, 3.0], 0.1)
     assert spots == sorted(spots)
     assert all(b - a > 0.099 for a, b in itertools.pairwise(spots))
     assert spots[3] == 3.0

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from optlab.lab import catalog, config, memory, optimizers, race, schedule
+from optlab.lab import benchmark, catalog, config, memory, optimizers, race, schedule, study
 
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
@@ -27,6 +27,8 @@ Plain = tyro.conf.arg(help_behavior_hint="")
 Whole = Annotated[int | None, _optional(int, "N"), Plain]
 Word = Annotated[str | None, _optional(str, "NAME"), Plain]
 Path = Annotated[str | None, _optional(str, "PATH"), Plain]
+_OF_STUDY = ("trials", "seeds", "targets")
+_NOT_OF_CONFIG = ("out", "resume", "optimizers", "lr", "benchmark", "report")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Race:
     """Train the same small network with several optimizers side by side and show who wins."""
 
     workload: Word = None
-    """gpt (default), digits (a convolutional net) or rows (a GRU)."""
+    """gpt (default), digits (a convolution) or rows (a GRU); a study has all, or NAME,NAME."""
     preset: Word = None
     """quick (default: under 3 minutes on 2 CPU cores), small or medium."""
     optimizers: Annotated[Repeated, tyro.conf.arg(metavar="NAME,NAME", help_behavior_hint="")] = ()
@@ -62,19 +64,62 @@ class Race:
     out: Path = None
     """Folder of the results (default: runs/race-PRESET)."""
     resume: Annotated[bool, Plain] = False
-    """Continue the race saved in that folder."""
+    """Continue the race or the study saved in that folder."""
+    benchmark: Annotated[bool, Plain] = False
+    """A study instead: everyone tuned alike on every workload, seeds, targets (runs/benchmark)."""
+    trials: Whole = None
+    """Trials of a study to tune each optimizer (default 5)."""
+    seeds: Whole = None
+    """Seeds of a study to train with after that (default 3)."""
+    targets: Path = None
+    """Targets and sizes of a study from a file (default: the frozen ones)."""
+    report: Annotated[bool, Plain] = False
+    """Train nothing: write the page of the race or the study in the folder, report.html."""
 
     def asked(self) -> dict[str, Any]:
         """Return what was given, in the words of `Config`."""
         fields = dataclasses.asdict(self)
-        for name in ("out", "resume", "optimizers", "lr"):
+        for name in (*_NOT_OF_CONFIG, *_OF_STUDY):
             del fields[name]
+        self._refuse(_OF_STUDY, "needs --benchmark, got it without. Add that, or leave it out.")
         given = {name: value for name, value in fields.items() if value is not None}
         if self.optimizers:
             given["optimizers"] = optimizers.asked(self.optimizers)
         if self.lr:
             given["learning_rates"] = config.parse_rates(self.lr)
         return given
+
+    def plan(self) -> study.Plan:
+        """Return the study that was asked for."""
+        taken = {*_NOT_OF_CONFIG, *_OF_STUDY, "workload"} - {"lr"}
+        others = tuple(f.name for f in dataclasses.fields(self) if f.name not in taken)
+        self._refuse(
+            others, "is fixed in a study, got it with --benchmark. Leave it out, or use --targets."
+        )
+        return benchmark.new_plan(
+            optimizers.asked(self.optimizers) if self.optimizers else (),
+            tuple(self.workload.split(",")) if self.workload else (),
+            trials=self.trials,
+            seeds=self.seeds,
+            path=self.targets,
+        )
+
+    def _refuse(self, names: tuple[str, ...], why: str) -> None:
+        for name in names:
+            if getattr(self, name) not in (None, False, ()):
+                raise config.BadInput(f"race: --{name.replace('_', '-')} {why}")
+
+    def run(self) -> None:
+        """Race, study, or write the page of what is there."""
+        if self.report:
+            studied = benchmark.folder(self.out)
+            raced = race.folder(self.out, self.preset, self.workload)
+            path = benchmark.write_page(studied if self.benchmark else raced)
+            print(f"Written to {path}")
+        elif self.benchmark:
+            benchmark.run(self.plan(), out=self.out, resume=self.resume)
+        else:
+            race.run(self.asked(), out=self.out, resume=self.resume)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +223,7 @@ def run(argv: list[str]) -> int:
 
 def _race(options: Race, argv: list[str]) -> int:
     try:
-        race.run(options.asked(), out=options.out, resume=options.resume)
+        options.run()
     except race.Interrupted:
         again = argv if "--resume" in argv else [*argv, "--resume"]
         print(f"Saved. To go on: {shlex.join(['optlab', *again])}", file=sys.stderr)

@@ -40,7 +40,7 @@ def _limits(results: dict[str, Any]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _spread(wanted: list[float], gap: float) -> list[float]:
+def spread(wanted: list[float], gap: float) -> list[float]:
     """Push labels apart to at least `gap`, each as near as can be to where it is wanted."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     placed = [wanted[i] for i in order]
@@ -114,7 +114,7 @@ def _label(
     """Write each name and final loss beside the end of its curve."""
     low, high = axes.get_ylim()
     wanted = [min(y, high) for _, _, y in labelled]
-    for (name, x, y), spot in zip(labelled, _spread(wanted, 0.055 * (high - low)), strict=True):
+    for (name, x, y), spot in zip(labelled, spread(wanted, 0.055 * (high - low)), strict=True):
         final = results["losses"][name]["final"]
         text = f"{name}  {final:.3f}" if final is not None else f"{name}  diverged"
         if y <= high:
@@ -125,12 +125,11 @@ def _label(
         )  # fmt: skip
 
 
-def write(results: dict[str, Any], path: Path) -> None:
-    """Draw the race and save it."""
+def draw(results: dict[str, Any]) -> Figure:
+    """Return the picture of a race; whoever takes it closes it."""
     names = list(results["losses"])
     steps = {name: [float(s) for s in results["losses"][name]["step"]] for name in names}
     seconds = {name: results["timings"][name]["seconds"] for name in names}
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6.2), sharey=True)
     if any(steps.values()):
         limits = _limits(results)
@@ -142,13 +141,19 @@ def write(results: dict[str, Any], path: Path) -> None:
             right, results, seconds, {n: results["timings"][n]["seconds_to_adamw"] for n in names}
         )
     _title(figure, results)
-    # Room beside each panel for the longest label, which is about 0.085 in of width a letter.
     named = [name for name in colours(report.standing(results)) if name in names]
+    # Room beside each panel for the longest label, which is about 0.085 in of width a letter.
     room = 0.02 + max(len(name) + 8 for name in named) * 0.1 / 14
     width = (1 - 0.055 - 2 * room) / 2
     left.set_position((0.055, 0.1, width, 0.74))
     right.set_position((0.055 + width + room, 0.1, width, 0.74))
-    beside = path.with_name("curves.part.png")
+    return figure
+
+
+def write(results: dict[str, Any], path: Path) -> None:
+    """Draw the race and save it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, beside = draw(results), path.with_name("curves.part.png")
     figure.savefig(beside, dpi=160)
     beside.replace(path)
     plt.close(figure)

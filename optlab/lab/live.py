@@ -14,14 +14,15 @@ from optlab.lab.config import Config
 from optlab.lab.train import Problem, Runner
 
 
-def _console() -> Console:
+def make_console() -> Console:
+    """Return where everything is printed."""
     return Console(highlight=False, soft_wrap=True)
 
 
 def announce(problem: Problem) -> None:
     """Say what is about to be trained, on what, where."""
     config, corpus, work = problem.config, problem.corpus, problem.config.work
-    _console().print(
+    make_console().print(
         f"{work.network}, {report.millions(problem.size)} parameters "
         f"({config.layers} layers, width {config.width}), on "
         f"{data.describe(config)} ({report.size_of(corpus)}). "
@@ -32,7 +33,7 @@ def announce(problem: Problem) -> None:
 
 def announce_resume(values: dict[str, Any], runners: list[Runner]) -> None:
     """Say where the race goes on, and whether the numbers may differ."""
-    console = _console()
+    console = make_console()
     console.print("Resuming at " + ", ".join(f"{r.name} step {r.step}" for r in runners) + ".")
     for name, version in report.versions().items():
         before = values["versions"].get(name)
@@ -100,7 +101,7 @@ class _Table:
 @contextmanager
 def display(problem: Problem, runners: list[Runner]) -> Generator[_Plain | _Table]:
     """Open the display that suits where the output goes."""
-    console = _console()
+    console = make_console()
     if not console.is_terminal or console.is_dumb_terminal:
         yield _Plain(console, problem, runners)
         return
@@ -110,7 +111,7 @@ def display(problem: Problem, runners: list[Runner]) -> Generator[_Plain | _Tabl
 
 def conclude(results: dict[str, Any], out: Path) -> None:
     """Print the final table and where the files are."""
-    console = _console()
+    console = make_console()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in report.headings(Config.from_json(results["config"]).work):
         table.add_column(heading, justify="left" if heading == "optimizer" else "right")

@@ -35,10 +35,10 @@ def study_time(trials: ArrayLike) -> float:
 
 
 def speedup(times: ArrayLike, baseline: int) -> np.ndarray:
-    """Return the geometric mean of t_baseline / t; 0 where a target was missed."""
+    """Return the geometric mean of t_baseline / t; 0 where one of the two missed a target."""
     times = np.asarray(times, float)
-    if not np.isfinite(times[baseline]).all():
-        return np.full(len(times), np.nan)
-    return np.exp(np.log(times[baseline] / times).mean(1, where=np.isfinite(times))) * np.isfinite(
-        times
-    ).all(1)
+    done = np.isfinite(times).all(1)
+    if not done[baseline]:
+        return np.zeros(len(times))
+    mean = np.log(times[baseline] / np.where(done[:, None], times, 1.0)).mean(1)
+    return np.where(done, np.exp(mean), 0.0)
