@@ -10,11 +10,11 @@ from optlab.diagnostics import page
 Runs = dict[str, dict[str, Any]]
 
 
-def _best(runs: Runs, kind: str, seeds: tuple[int, ...]) -> tuple[str, np.ndarray]:
-    """Return the peak tuned on the first seed, and the losses of all seeds with it."""
+def _best(runs: Runs, kind: str, seeds: tuple[int, ...]) -> tuple[str, list[dict[str, Any]]]:
+    """Return the peak tuned on the first seed, and the runs of all seeds with it."""
     first = {key: run for key, run in runs.items() if key.startswith(f"{kind}/{seeds[0]}/")}
-    peak = min(first, key=lambda key: first[key]["losses"][-1]).split("/")[-1]
-    return peak, np.array([runs[f"{kind}/{seed}/{peak}"]["losses"] for seed in seeds])
+    peak = min(first, key=lambda key: first[key]["loss"]).split("/")[-1]
+    return peak, _each(runs, kind, seeds, peak)
 
 
 def _each(runs: Runs, kind: str, seeds: tuple[int, ...], *more: str) -> list[dict[str, Any]]:
@@ -39,14 +39,15 @@ def _row(what: str, losses: Any, beside: Any, most: float) -> dict[str, Any]:
 
 def rows(runs: Runs, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
     """Return a row for every comparison; the loss of what it is compared with is `beside`."""
-    peak, base = _best(runs, "linear", seeds)
+    peak, linear = _best(runs, "warmup_linear_decay", seeds)
     refined_peak, refined = _best(runs, "refined", seeds)
+    base = [run["loss"] for run in linear]
     found = [
         _row(f"refined {times}, peak {refined_peak} (warmup_linear_decay, peak {peak})",
-             refined[:, i], base, 1.0)
-        for i, times in ((1, "once"), (2, "twice"))
+             [run["losses"][i] for run in refined], base, 1.0)
+        for i, times in enumerate(("once", "twice"))
     ]  # fmt: skip
-    tuned = [run["losses"][0] for run in _each(runs, "tuned", seeds)]
+    tuned = [run["loss"] for run in _best(runs, "wsd", seeds)[1]]
     for start in _starts(runs):
         of_start = _each(runs, "autolrs", seeds, start)
         losses, after = ([run[key] for run in of_start] for key in ("loss", "loss_of_schedule"))
@@ -81,8 +82,7 @@ def _range(values: np.ndarray) -> str:
 
 def _shapes(runs: Runs, seeds: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Return the schedules refined once and twice of every seed, (seeds, steps) each."""
-    peak, _ = _best(runs, "refined", seeds)
-    shapes = np.array([run["shapes"] for run in _each(runs, "refined", seeds, peak)])
+    shapes = np.array([run["shapes"] for run in _best(runs, "refined", seeds)[1]])
     return shapes[:, 0], shapes[:, 1]
 
 
@@ -115,7 +115,7 @@ def _draw_rates(ax: Any, runs: Runs, seeds: tuple[int, ...]) -> None:
         for run in _each(runs, "autolrs", seeds, start):
             ends = np.array(run["ends"]) / run["ends"][-1]
             ax.stairs(run["rates"], ends, baseline=None, color=colour, linewidth=1.8, alpha=0.8)
-    ax.set_ylim(5e-6, 2e-1)
+    ax.set_ylim(5e-5, 2e-1)
     page.log_axis(ax.yaxis)
 
 
