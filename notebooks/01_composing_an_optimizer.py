@@ -388,7 +388,7 @@ plt.show()
 # %% [markdown]
 # ## Take it with you
 #
-# - A link is a pair of functions. `optax.chain`, `optax.partition`, `nnx.Optimizer` take it as it is.
+# - A link is a pair of functions: `optax.chain`, `optax.partition`, `nnx.Optimizer` take it as is.
 # - Look at one gradient before you train: print what each link does to it.
 # - Compare chains at the best of several rates each, from several seeds.
 #

@@ -76,7 +76,7 @@ cols = 1024  # @param {type:"integer"}
 polar = "keller"  # @param ["keller", "polar_express", "turbo", "cans"]
 steps = 60  # @param {type:"integer"}
 if SMOKE:
-    rows, cols, steps = 64, 256, 12
+    steps = 12
 
 # %%
 import re
@@ -263,10 +263,10 @@ assert held * count == whole
 # %% [markdown]
 # ## The plan follows the shapes
 #
-# Fewer matrices than devices would leave some idle; so several devices can share a matrix. Below
-# is the work of the busiest device for 1, 2, 3... matrices, in the colour of the scheme. Full
-# rounds go by `all_to_all`, and the rest by what suits it best. The line is what each device would
-# do if all of them did everything.
+# Fewer matrices than devices would leave some idle; so several devices can share a matrix, if it is
+# large enough. Below is the work of the busiest device for 1, 2, 3... matrices, in the colour of
+# the scheme. Full rounds go by `all_to_all`, and the rest by what suits it best. The line is what
+# each device would do if all of them did everything.
 
 
 # %%
