@@ -97,7 +97,7 @@ def _mark_target(
         return
     axes.plot([0, last], [target, target], color=FAINT, linewidth=1, linestyle=":", zorder=1)
     axes.annotate(
-        f"AdamW's final {_config(results).work.metric}", (0, target), xytext=(4, 4),
+        "AdamW's final loss", (0, target), xytext=(4, 4),
         textcoords="offset points", color=FAINT, fontsize=10.5,
     )  # fmt: skip
     for name, x in crossed.items():

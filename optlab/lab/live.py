@@ -10,7 +10,6 @@ from rich.live import Live
 from rich.table import Table
 
 from optlab.lab import data, report
-from optlab.lab.config import Config
 from optlab.lab.train import Problem, Runner
 
 
@@ -74,7 +73,7 @@ class _Table:
     """A table redrawn at every turn."""
 
     def __init__(self, live: Live, problem: Problem, runners: list[Runner]):
-        self._live, self._runners, self._work = live, runners, problem.config.work
+        self._live, self._runners = live, runners
         self._steps = problem.config.steps
         live.update(self._draw())
 
@@ -87,7 +86,7 @@ class _Table:
 
     def _draw(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for heading in report.live_headings(self._work):
+        for heading in report.LIVE_HEADINGS:
             table.add_column(heading, justify="left" if heading == "optimizer" else "right")
         alive = [r for r in self._runners if r.curve.held_out and r.diverged_at is None]
         best = min((r.curve.held_out[-1] for r in alive), default=None)
@@ -113,7 +112,7 @@ def conclude(results: dict[str, Any], out: Path) -> None:
     """Print the final table and where the files are."""
     console = make_console()
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in report.headings(Config.from_json(results["config"]).work):
+    for heading in report.HEADINGS:
         table.add_column(heading, justify="left" if heading == "optimizer" else "right")
     for place, row in enumerate(report.rows(results)):
         table.add_row(*row, style="bold green" if place == 0 and console.is_terminal else "")

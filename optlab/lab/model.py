@@ -192,13 +192,3 @@ def loss(structure: nnx.GraphDef, params: nnx.State, batch: jax.Array) -> jax.Ar
     network = nnx.merge(structure, params)
     inputs, labels = network.split(batch)
     return optax.softmax_cross_entropy_with_integer_labels(network(inputs), labels).mean()
-
-
-def error(structure: nnx.GraphDef, params: nnx.State, batch: jax.Array) -> jax.Array:
-    """Return the share of a batch whose likeliest class is another one."""
-    network = nnx.merge(structure, params)
-    inputs, labels = network.split(batch)
-    return jnp.mean(network(inputs).argmax(-1) != labels)
-
-
-METRICS = {"loss": loss, "error": error}

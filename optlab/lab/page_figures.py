@@ -12,6 +12,7 @@ from optlab.lab.figure import FAINT, INK, plt
 from optlab.lab.workloads import WORKLOADS
 
 _SMALL = 10.5
+_PLOT = 2.8  # inches of a panel, without what stands above and below it
 _CHARACTER = 0.085  # inches of a bold letter of that size
 
 
@@ -24,25 +25,25 @@ class Line(NamedTuple):
     high: np.ndarray
 
 
-def _panels(count: int, labels: Sequence[str], height: float = 3.9) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
     """Return axes side by side with room for the longest label on the right of each."""
     room = 0.25 + _CHARACTER * max(map(len, labels), default=0)
-    plot = plt.figure(figsize=(13, height))
+    plot = plt.figure(figsize=(13, _PLOT + 1.1))
     left, gap = 0.75, 0.6
     width = (13 - left - count * room - (count - 1) * gap) / count
     axes = []
     for i in range(count):
         start = left + i * (width + room + gap)
-        axes.append(plot.add_axes((start / 13, 0.62 / height, width / 13, 1 - 1.1 / height)))
+        box = (start / 13, 0.62 / (_PLOT + 1.1), width / 13, _PLOT / (_PLOT + 1.1))
+        axes.append(plot.add_axes(box))
     return plot, axes
 
 
 def _name(axes: Axes, ends: Mapping[str, float], colours: Mapping[str, str]) -> None:
     """Write the names at the right edge, each as near to its height as the others allow."""
     low, high = axes.get_ylim()
-    inches = axes.figure.get_figheight() * axes.get_position().height
     wanted = [(min(max(y, low), high) - low) / (high - low) for y in ends.values()]
-    for name, spot in zip(ends, figure.spread(wanted, 0.19 / inches), strict=True):
+    for name, spot in zip(ends, figure.spread(wanted, 0.19 / _PLOT), strict=True):
         axes.annotate(
             name, (1, spot), xycoords="axes fraction", xytext=(6, 0), textcoords="offset points",
             va="center", color=colours[name], fontsize=_SMALL, fontweight="bold",
@@ -56,7 +57,7 @@ def _title(axes: Axes, text: str) -> None:
 
 def _tick_small(axes: Axes) -> None:
     axes.tick_params(labelsize=_SMALL)
-    axes.xaxis.label.set_size(_SMALL)
+    axes.set_xlabel(axes.get_xlabel(), fontsize=_SMALL)
 
 
 def line(records: list[dict[str, Any]]) -> Line | None:
@@ -199,7 +200,7 @@ def tuning(study: dict[str, Any], names: list[str]) -> Figure:
         axes.set_xticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])
         axes.minorticks_off()
         axes.set_xlim(0.1, 10)
-        _title(axes, f"{workload}: held-out {WORKLOADS[workload].metric} at the end")
+        _title(axes, f"{workload}: held-out loss at the end")
         _tick_small(axes)
         _name(axes, ends, colours)
     return plot

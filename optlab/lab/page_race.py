@@ -25,11 +25,9 @@ def write(results: dict[str, Any]) -> str:
 
 
 def _standing(results: dict[str, Any], config: Config) -> str:
-    rows = [list(row) for row in report.rows(results)]
-    for row in rows:
-        if row[2].startswith("diverged"):
-            row[2] = Cell(row[2], "missed")
-    rows[0] = [Cell(cell, "best") for cell in rows[0]]
+    best, *others = report.rows(results)
+    rows = [[Cell(cell, "best") for cell in best]]
+    rows += [[Cell(c, "missed" if c.startswith("diverged") else "") for c in row] for row in others]
     return page.section(
         "Who wins",
         page.points([
@@ -38,12 +36,11 @@ def _standing(results: dict[str, Any], config: Config) -> str:
             "The same initial weights, batches and schedule for all. The rates are those of the "
             "recorded sweep, or of the command line.",
         ]),
-        page.table(report.headings(config.work), rows),
+        page.table(report.HEADINGS, rows),
     )  # fmt: skip
 
 
 def _costs(results: dict[str, Any], config: Config) -> str:
-    word = f"held-out {config.work.metric}"
     names = [n for n in report.standing(results) if results["losses"][n]["final"] is not None]
     if not names:
         return ""
@@ -56,9 +53,9 @@ def _costs(results: dict[str, Any], config: Config) -> str:
     return page.section(
         "What it costs",
         page.picture(
-            page_figures.scatter({word: memory}, "bytes of state per parameter"),
-            f"Memory against the {word} at the end; less is better in both. Whoever ends far above "
-            "the others stands at the upper edge.",
+            page_figures.scatter({config.work.measure: memory}, "bytes of state per parameter"),
+            "Memory against the held-out loss at the end; less is better in both. Whoever ends far "
+            "above the others stands at the upper edge.",
         ),
         page.picture(
             page_figures.bars({"": shares}),

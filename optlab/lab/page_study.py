@@ -202,7 +202,7 @@ def _costs(study: dict[str, Any], found: Findings) -> str:
     runs = findings.group(study)
     memory, shares, rows = {}, {}, []
     for workload, of in runs.items():
-        title = f"{workload}: held-out {WORKLOADS[workload].metric}"
+        title = f"{workload}: {WORKLOADS[workload].measure}"
         memory[title] = {
             n: (of[n]["tuned"][0]["state_bytes_per_parameter"],
                 float(np.median(findings.ends(of[n]["tuned"]))))

@@ -13,10 +13,16 @@ import jax
 from optlab.lab import data
 from optlab.lab.config import Config
 from optlab.lab.train import Problem, Runner
-from optlab.lab.workloads import Workload
 
 REFERENCE = "adamw"
-COSTS = ("tokens/s", "optimizer's share", "state bytes/param")
+LIVE_HEADINGS = (
+    "optimizer", "step", "train loss", "held-out loss", "tokens/s", "optimizer's share",
+    "state bytes/param",
+)  # fmt: skip
+HEADINGS = (
+    "optimizer", "learning rate", "held-out loss", "steps to AdamW's loss", "seconds to it",
+    "tokens/s", "optimizer's share", "state bytes/param",
+)  # fmt: skip
 _PACKAGES = ("optlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -61,18 +67,6 @@ def _fewer(steps: float | None, of: int) -> str:
         return "-"
     saved = f" ({1 - steps / of:.0%} fewer)" if steps < of else ""
     return f"{steps:.0f}{saved}"
-
-
-def live_headings(work: Workload) -> tuple[str, ...]:
-    """Return the headings of the table that is seen while the race runs."""
-    return ("optimizer", "step", "train loss", f"held-out {work.metric}", *COSTS)
-
-
-def headings(work: Workload) -> tuple[str, ...]:
-    """Return the headings of the final table."""
-    word = work.metric
-    results = ("learning rate", f"held-out {word}", f"steps to AdamW's {word}", "seconds to it")
-    return ("optimizer", *results, *COSTS)
 
 
 def live_row(runner: Runner, steps: int) -> tuple[str, ...]:
@@ -189,7 +183,7 @@ def summary(results: dict[str, Any]) -> str:
 same initial weights, the same batches, the same `{config.schedule}` schedule. What is compared is
 the {work.measure}.
 
-{markdown_table(headings(work), rows(results))}
+{markdown_table(HEADINGS, rows(results))}
 
 ![Held-out loss against steps and seconds](curves.png)
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from scipy.stats import qmc
 
 from optlab.lab import data, model, optimizers, report
@@ -46,9 +47,9 @@ class Choice(NamedTuple):
 class Setting(NamedTuple):
     """What runs of one compiled program differ in."""
 
-    seed: np.ndarray
-    rates: np.ndarray  # (steps,)
-    weight_decay: np.ndarray
+    seed: ArrayLike
+    rates: ArrayLike  # (steps,)
+    weight_decay: ArrayLike
 
 
 def _between(low: float, high: float, part: float) -> float:

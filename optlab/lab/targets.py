@@ -85,7 +85,11 @@ def find(
 
 def main(path: Path) -> None:
     """Make the targets of all workloads; those that are there already with these sizes are kept."""
-    made = {"versions": report.versions(), "device": report.device(), "workloads": {}}
+    made: dict[str, Any] = {
+        "versions": report.versions(),
+        "device": report.device(),
+        "workloads": {},
+    }
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else made
     for name, sizes in SIZES.items():
         if known["workloads"].get(name, {}).get("sizes") != sizes:

@@ -91,14 +91,13 @@ def make_problem(config: Config, text: bytes) -> Problem:
     """Put data and first weights on the device and compile the evaluation."""
     corpus = data.make_corpus(text, config)
     structure, _ = model.abstract(config)
-    metric = model.METRICS[config.work.metric]
 
     @jax.jit
-    def mean(params: nnx.State, held_out: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda batch: metric(structure, params, batch), held_out).mean()
+    def mean_loss(params: nnx.State, held_out: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda batch: model.loss(structure, params, batch), held_out).mean()
 
     def evaluate(params: nnx.State) -> float:
-        return float(mean(params, corpus.held_out))
+        return float(mean_loss(params, corpus.held_out))
 
     return Problem(config, structure, model.initial_params(config), corpus, evaluate)
 
