@@ -1,11 +1,15 @@
 """Steps of a transformation, a tree as one vector, and machine code as users get it."""
 
+import os
+
 import jax
 import numpy as np
 import optax
 
 # Multiply-adds in one rounding, for bounds of a few roundings: conftest.py's code has more.
-FULL = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+FULL = {"xla_backend_optimization_level": 3}
+if "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"]:
+    FULL["xla_cpu_use_fusion_emitters"] = True
 
 
 def steps(tx, grads, params):
