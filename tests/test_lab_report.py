@@ -163,12 +163,12 @@ def test_more_curves_than_colours_are_grey_and_said_to_be(count):
     if count <= figure.MOST:
         assert len(named) == count
         assert not grey
-        assert "Grey" not in says
+        assert "grey" not in says
     else:
         assert len(named) == figure.MOST - 1
         assert {f"other_{i}" for i in range(24, 30)} <= named
         assert len(grey) == count - len(named)
-        assert f"Grey, without a name: {len(grey)} others" in says
+        assert f"In grey: the other {len(grey)}." in says
 
 
 def test_words_are_no_markup():

@@ -52,17 +52,17 @@ class Race:
     seed: Whole = None
     """Seed of the weights and of the batches (default 0)."""
     layers: Whole = None
-    """Transformer blocks, instead of the preset's."""
+    """Transformer blocks, convolutions or GRUs, instead of the preset's."""
     width: Whole = None
-    """Width of the residual stream, instead of the preset's."""
+    """Width of a layer, instead of the preset's."""
     heads: Whole = None
     """Attention heads, instead of the preset's."""
     context: Whole = None
     """Bytes the model sees at once, instead of the preset's."""
     batch_size: Whole = None
-    """Windows in a batch, instead of the preset's."""
+    """Windows or images in a batch, instead of the preset's."""
     out: Path = None
-    """Folder of the results (default: runs/race-PRESET)."""
+    """Folder of the results (default: runs/race-PRESET, runs/benchmark)."""
     resume: Annotated[bool, Plain] = False
     """Continue the race or the study saved in that folder."""
     benchmark: Annotated[bool, Plain] = False

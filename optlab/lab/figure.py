@@ -170,11 +170,15 @@ def _title(figure: Figure, results: dict[str, Any]) -> None:
         0.055, 0.935, work.does.format(text=results["text"]),
         fontsize=19, fontweight="bold", color=INK,
     )  # fmt: skip
-    others = f". Grey, without a name: {unnamed} others" if unnamed else ""
+    if unnamed:
+        figure.text(
+            0.985, 0.94, f"In colour: the best {MOST - 2} and AdamW. In grey: the other {unnamed}.",
+            fontsize=12, color=INK, ha="right",
+        )  # fmt: skip
     figure.text(
         0.055, 0.885,
         f"{work.network}, {report.millions(results['parameters'])} parameters: the same initial "
         f"weights, batches and schedule ({config.schedule}) for every optimizer, "
-        f"{config.steps} steps of {config.tokens_per_step} {work.token}{others}",
+        f"{config.steps} steps of {config.tokens_per_step} {work.token}",
         fontsize=12, color=FAINT,
     )  # fmt: skip

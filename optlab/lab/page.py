@@ -25,7 +25,7 @@ th:first-child, td:first-child { text-align: left; }
 thead { display: table-header-group; }
 thead th { border-bottom: 1.5px solid #bbb; }
 tbody td { border-bottom: 1px solid #e6e6e6; }
-table.long td:nth-child(2), table.long th:nth-child(2) { text-align: left; }
+table.long td:nth-child(2), table.long th:nth-child(2), table.words td { text-align: left; }
 tr { break-inside: avoid; }
 td.best { font-weight: bold; }
 td.missed { color: #a33; }

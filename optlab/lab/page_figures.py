@@ -142,7 +142,8 @@ def scatter(panels: Mapping[str, Mapping[str, tuple[float, float]]], x: str) -> 
         room = 0.1 * max(high - min(ys), 1e-3)
         figure.style(axes, x, (min(ys) - room, high + room))
         for name, (cost, y) in finite.items():
-            axes.plot(cost, min(y, high + room), "o", color=colours.get(name, figure.PALE), ms=7)
+            colour, above = colours.get(name, figure.PALE), 3 if name in colours else 2
+            axes.plot(cost, min(y, high + room), "o", color=colour, ms=7, zorder=above)
         axes.set_xlim(left=0)
         axes.margins(x=0.08)
         _title(axes, title)

@@ -78,4 +78,6 @@ def _configuration(config: Config) -> str:
         "SHA-256 of the data": config.text_sha256,
         "learning rates": ", ".join(f"{name} {rate:g}" for name, rate in rates.items()),
     }
-    return page.section("Configuration", page.table(("what", ""), list(facts.items())))
+    return page.section(
+        "Configuration", page.table(("what", ""), list(facts.items()), kind="words")
+    )

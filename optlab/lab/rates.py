@@ -25,7 +25,7 @@ RATES: dict[str, float] = {
     "q_galore": 0.01,
     "scion": 0.0003,
     "sgd": 0.1,
-    "sgd_sai": 0.1,
+    "sgd_sai": 1,
     "sgdp": 0.1,
     "signum": 0.001,
     "sophia": 0.0003,
