@@ -27,7 +27,7 @@ NOT_OF_THE_SWEEP = ("optimizers", "learning_rates", "rounds")
 # Exponents e of the rate 10^(e/2), rounded to 1 or 3 in its first digit; 0 where not named.
 FIRST_GUESS = {
     "adamw": -5, "sgd": -1, "lion": -7, "lion_k": -7, "signum": -6, "adamp": -5, "sgdp": -1,
-    "nap": -5, "diffgrad": -5, "adabelief": -5, "lamb": -4, "lars": 2, "sgd_sai": -3,
+    "nap": -5, "diffgrad": -5, "adabelief": -5, "lamb": -4, "lars": 2, "sgd_sai": 0,
     "muon": -3, "normuon": -5, "lanton": -4, "scion": -7, "galore": -3, "q_galore": -3, "fira": -4,
     "frugal": -5, "apollo": -4, "conda": -4, "ldadam": -5, "grad_norm_lorp": -3,
     "spam": -5, "stable_spam": -5, "sophia": -7,

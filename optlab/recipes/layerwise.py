@@ -182,7 +182,7 @@ def sgd_sai(
     *,
     momentum: ArrayLike = 0.9,
     eps: ArrayLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 1e-2,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: _leafwise.Mask = None,
     official: bool = False,
     mu_dtype: DTypeLike | None = None,
@@ -199,7 +199,9 @@ def sgd_sai(
       learning_rate: step size, >= 0, or a schedule; it does not carry over between the two forms.
       momentum: rate of the average, in [0, 1).
       eps: added to the standard deviation, >= 0.
-      weight_decay: decoupled decay, >= 0, or a schedule; not scaled by snr.
+      weight_decay: decoupled decay, >= 0, or a schedule; not scaled by snr. The code's 1e-2 goes
+        with its own rates; beside rates sqrt(size) times larger it shrinks all weights: 2.70 nats
+        instead of 2.45 after 500 steps of the quick race.
       weight_decay_mask: leaves that decay. (static)
       official: do not divide by the largest ratio. (static)
       mu_dtype: dtype of the average; None for the parameter's. (static)
@@ -215,7 +217,7 @@ def sgd_sai(
 
     Example:
       >>> import jax.numpy as jnp, optlab
-      >>> tx = optlab.sgd_sai(0.1, weight_decay=0.0)
+      >>> tx = optlab.sgd_sai(0.1)
       >>> p = jnp.zeros(2)
       >>> u, state = tx.update(jnp.array([3.0, 4.0]), tx.init(p), p)
       >>> print(u)
