@@ -23,7 +23,7 @@ from optlab.lab.race import new_config
 
 RESULTS = Path(__file__).parent / "results" / "lr_sweep.json"
 STEPS = 500
-NOT_OF_THE_SWEEP = ("optimizers", "learning_rates", "rounds")
+NOT_OF_THE_SWEEP = ("optimizers", "learning_rates", "rounds", "workload")
 # Exponents e of the rate 10^(e/2), rounded to 1 or 3 in its first digit; 0 where not named.
 FIRST_GUESS = {
     "adamw": -5, "sgd": -1, "lion": -7, "lion_k": -7, "signum": -6, "adamp": -5, "sgdp": -1,

@@ -194,6 +194,13 @@ def test_frozen_targets_are_those_of_the_sizes_and_of_their_seeds():
         assert found["set_by"] == {key: best[key] for key in found["set_by"]}
 
 
+def test_targets_of_other_data_are_said_to_be():
+    same = goal(data_sha256=data.fingerprint(data.digits()))
+    plan = study.Plan(("adamw",), ("digits", "rows"), 1, 1, {"digits": same, "rows": goal()})
+    (note,) = study.other_data(plan)
+    assert note.startswith("rows: the target was set on handwritten digits, which is not")
+
+
 def test_a_target_is_the_median_of_the_best_baselines_seeds(monkeypatch):
     class Fake:
         def __init__(self, config, raw):

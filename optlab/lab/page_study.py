@@ -254,6 +254,8 @@ def _how(study: dict[str, Any], found: Findings) -> str:
             "miss; so is more than four times the best.",
             "An optimizer with more hyperparameters gets no more trials, and they stay at their "
             "defaults.",
+            f"{len(found.workloads)} workloads are too few for a test of significance, and "
+            f"{about['seeds']} seeds for an interval: ranges are all that is claimed.",
             "Where between two evaluations a curve crosses the target is read off a straight line.",
             *about.get("notes", ()),
         ]),

@@ -1,8 +1,9 @@
 """The study: the same tuning budget for every optimizer, on every workload, then fresh seeds.
 
 Every run is kept in study.json as soon as it ends, so that a study can be stopped and gone on with.
-Seeds run one after another: three of them under `vmap` took 2.6 to 3.0 times as long as one on two
-CPU cores (medians, the GRU and the convolutional net), and their seconds would be no one's.
+Seeds run one after another: three of them under `vmap` took 2.6 times as long as one (the GRU) and
+2.9 times (the convolutional net; medians of three turns on two busy CPU cores), and the seconds of
+one among three would be no one's.
 """
 
 import dataclasses
