@@ -330,14 +330,15 @@ for name, of in found.items():
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
-label_at = 0.0
+labels = []
 for place, name in enumerate(sorted(found, key=lambda name: found[name]["errors"].mean(1).min())):
     two = found[name]["errors"][found[name]["best"]]
     colour, at = COLOURS[place % len(COLOURS)], found[name]["bytes"]
     left.plot([at] * 2, two, color=colour, lw=2)
     left.plot(at, two.mean(), "o", color=colour, ms=8)
-    label_at = max(two.mean(), label_at + 0.003)
-    left.annotate(f"   {name}", (at, label_at), va="center", fontsize=9, color=colour)
+    below = [y for x, y in labels if abs(x - at) < 1.5]  # labels are not to meet
+    labels.append((at, max([two.mean(), *(y + 0.0035 for y in below)])))
+    left.annotate(f"   {name}", labels[-1], va="center", fontsize=9, color=colour)
 left.set(xlabel="bytes a weight", ylabel="noise left", title="At the best rate; bars: two seeds")
 left.set_xlim(3.5, 15)
 for name in [name for name in found if name.startswith("Adam") and "low" not in name]:
