@@ -54,19 +54,20 @@ def rows(runs: Runs, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
         what = f"AutoLRS, first twentieth {start}"
         found.append(_row(f"{what} (tuned wsd)", losses, tuned, 1.05))
         found.append(_row(f"{what} (tuned wsd after it)", losses, after, 1.05))
-    ours, cosine = (_each(runs, kind, seeds) for kind in ("wsd_s", "cosine"))
+    ours, cosine = (_each(runs, kind, seeds) for kind in ("wsd_s", "cosines"))
     for i, end in enumerate(ours[0]["ends"]):
         mine, theirs = ([run["losses"][i] for run in of] for of in (ours, cosine))
         found.append(_row(f"WSD-S at {end} (cosine of {end})", mine, theirs, 1.01))
     return found
 
 
-def notes(runs: Runs, seeds: tuple[int, ...], steps: int) -> str:
+def notes(runs: Runs, seeds: tuple[int, ...]) -> str:
     """Say how the refined schedules look, and what each side took."""
     _, shapes = _shapes(runs, seeds)
+    steps = shapes.shape[-1]
     tops, starts = shapes.argmax(-1) / steps, shapes[..., 0]
     late = shapes[..., int(0.9 * steps)]
-    ours, cosine = (runs[f"{kind}/{seeds[0]}"]["steps"] for kind in ("wsd_s", "cosine"))
+    ours, cosine = (runs[f"{kind}/{seeds[0]}"]["steps"] for kind in ("wsd_s", "cosines"))
     return (
         f"Nats a byte, mean, least and largest of {len(seeds)} seeds. The schedule refined twice "
         f"begins at {_range(starts)} of its peak, has it after {_range(tops)} of the run and is "
@@ -86,23 +87,25 @@ def _shapes(runs: Runs, seeds: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]
     return shapes[:, 0], shapes[:, 1]
 
 
-def draw(runs: Runs, seeds: tuple[int, ...], steps: int, path: Path) -> None:
+def draw(runs: Runs, seeds: tuple[int, ...], path: Path) -> None:
     """Draw the refined schedules, and the rates that AutoLRS chose."""
     says = "Above: schedules from gradient norms, a line per seed. Below: rates AutoLRS chose."
     with page.page(path, "What the controllers did", says, (1, 1)) as (above, below):
-        _draw_refined(above, runs, seeds, steps)
+        _draw_refined(above, runs, seeds)
         _draw_rates(below, runs, seeds)
         for ax in (above, below):
             ax.set_xlim(0, 1)
         page.name_axes(above, y="share of the peak")
         page.name_axes(below, "share of the run", "learning rate")
-        _label(above, below, runs, seeds, steps)
+        _label(above, below, runs, seeds)
 
 
-def _draw_refined(ax: Any, runs: Runs, seeds: tuple[int, ...], steps: int) -> None:
+def _draw_refined(ax: Any, runs: Runs, seeds: tuple[int, ...]) -> None:
     for shapes, colour in zip(_shapes(runs, seeds), page.COLOURS, strict=False):
         for shape in shapes:
-            ax.plot(np.arange(steps) / steps, shape, color=colour, linewidth=1.6, alpha=0.8)
+            ax.plot(
+                np.arange(len(shape)) / len(shape), shape, color=colour, linewidth=1.6, alpha=0.8
+            )
     ax.set_ylim(0, 1.05)
 
 
@@ -119,9 +122,9 @@ def _draw_rates(ax: Any, runs: Runs, seeds: tuple[int, ...]) -> None:
     page.log_axis(ax.yaxis)
 
 
-def _label(above: Any, below: Any, runs: Runs, seeds: tuple[int, ...], steps: int) -> None:
+def _label(above: Any, below: Any, runs: Runs, seeds: tuple[int, ...]) -> None:
     names = ("refined once", "refined twice")
-    middles = [shapes[:, steps // 2].mean() for shapes in _shapes(runs, seeds)]
+    middles = [shapes[:, shapes.shape[1] // 2].mean() for shapes in _shapes(runs, seeds)]
     page.beside(above, list(zip(names, middles, page.COLOURS, strict=False)))
     starts = _starts(runs)
     ends = [runs[f"autolrs/{seeds[0]}/{start}"]["rates"][-1] for start in starts]
