@@ -8,10 +8,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from optlab.lab import cli, config, data, model, optimizers, race, train
+from optlab.lab import cli, config, data, model, optimizers, race, study, train
 from optlab.lab.config import Config
 from optlab.lab.workloads import WORKLOADS
 
@@ -134,13 +133,16 @@ def test_loss_is_that_of_the_labels(digits):
     assert abs(loss - math.log(10)) < 1
 
 
-def test_every_recipe_trains_convolutions():
+def test_every_recipe_trains_convolutions_in_a_study():
     params = model.abstract(tiny("digits"))[1]
+    setting = study.Setting(jnp.int32(0), jnp.ones(4), jnp.float32(0.1))
     for name in optimizers.names():
-        tx = optimizers.make(name, optax.constant_schedule(1e-3))
-        state = jax.eval_shape(tx.init, params)
-        update = lambda g, s, p, tx=tx: tx.update(g, s, p, curvature=None)  # noqa: E731
-        updates, _ = jax.eval_shape(update, params, state, params)
+
+        def step(setting, params, name=name):
+            tx = study.transform(name, setting)
+            return tx.update(params, tx.init(params), params, curvature=None)[0]
+
+        updates = jax.eval_shape(step, setting, params)
         assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params), name
 
 

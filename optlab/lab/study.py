@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.typing import ArrayLike
 
 from optlab.lab import data, model, optimizers, report
@@ -89,6 +90,13 @@ def own_decay(name: str) -> float:
     return float(parameters["weight_decay"].default) if takes_decay(name) else 0.0
 
 
+def transform(name: str, setting: Setting) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer with the rates and the decay of a setting, which may be traced."""
+    rates = jnp.asarray(setting.rates)
+    more = {"weight_decay": jnp.asarray(setting.weight_decay)} if takes_decay(name) else {}
+    return optimizers.make(name, lambda step: rates[step], **more)
+
+
 class Bench:
     """One workload: its problem, and a compiled program for every optimizer."""
 
@@ -123,12 +131,7 @@ class Bench:
         return Setting(np.int32(seed), rates, np.float32(decay))
 
     def _program(self, name: str) -> Program:
-        def transform(setting: Setting) -> Any:
-            rates = jnp.asarray(setting.rates)
-            more = {"weight_decay": jnp.asarray(setting.weight_decay)} if takes_decay(name) else {}
-            return optimizers.make(name, lambda step: rates[step], **more)
-
-        return Program(self.problem, transform)
+        return Program(self.problem, functools.partial(transform, name))
 
 
 def config_of(workload: str, sizes: Mapping[str, int], raw: bytes) -> Config:
