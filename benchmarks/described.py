@@ -105,6 +105,7 @@ def race_job(name: str, where: NamedSharding) -> Job:
     config = configs.Config(
         **configs.preset("quick"),
         preset="quick",
+        workload="gpt",
         optimizers=(name,),
         learning_rates={name: methods.RATE},
         schedule="wsd",

@@ -23,6 +23,7 @@ def race_gradients(wanted: Iterable[int]) -> Gradients:
     setup = config.Config(
         **sizes,
         preset="quick",
+        workload="gpt",
         optimizers=("adamw",),
         learning_rates={"adamw": LEARNING_RATE},
         schedule="wsd",

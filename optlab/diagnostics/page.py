@@ -24,7 +24,8 @@ def page(path: Any, title: str, says: str, panels: tuple[int, ...] = (1,)) -> It
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError('picture: needs matplotlib. pip install "optlab[diagnostics]"') from None
-    figure = Figure(figsize=(11, 6.6), layout="none")  # also where the user constrains them
+    # Not the user's layout; that "none" is one is missing in matplotlib's annotation.
+    figure = Figure(figsize=(11, 6.6), layout="none")  # type: ignore[bad-argument-type]
     FigureCanvasAgg(figure)
     edges = {"left": LEFT, "right": RIGHT, "bottom": BOTTOM, "top": TOP, "hspace": 0.16}
     grid = figure.add_gridspec(len(panels), 1, height_ratios=panels, **edges)
