@@ -31,7 +31,8 @@ td.best { font-weight: bold; }
 td.missed { color: #a33; }
 figure { margin: 1em 0; break-inside: avoid; }
 figure img { width: 100%; height: auto; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; break-inside: avoid; }
+.wide.long { break-inside: auto; }
 @page { size: A4; margin: 14mm; }
 @media print { body { font-size: 10.5px; margin: 0; padding: 0; max-width: none; }
   .wide { overflow: visible; } }
@@ -82,7 +83,7 @@ def table(
     )
     above = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     return (
-        f'<div class="wide"><table{_class(kind)}>{above}<thead><tr>{head}</tr></thead>\n'
+        f'<div class="wide {kind}"><table{_class(kind)}>{above}<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
 
@@ -111,6 +112,11 @@ def document(title: str, about: str, *parts: str) -> str:
         *parts,
         "</body></html>\n",
     ])  # fmt: skip
+
+
+def count(number: int, noun: str) -> str:
+    """Return 1 seed, 2 seeds."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def span(values: Sequence[float], form: str) -> str:

@@ -143,7 +143,7 @@ def scatter(panels: Mapping[str, Mapping[str, tuple[float, float]]], x: str) -> 
         figure.style(axes, x, (min(ys) - room, high + room))
         for name, (cost, y) in finite.items():
             colour, above = colours.get(name, figure.PALE), 3 if name in colours else 2
-            axes.plot(cost, min(y, high + room), "o", color=colour, ms=7, zorder=above)
+            axes.plot(cost, min(y, high + room / 2), "o", color=colour, ms=7, zorder=above)
         axes.set_xlim(left=0)
         axes.margins(x=0.08)
         _title(axes, title)
@@ -168,7 +168,8 @@ def bars(panels: Mapping[str, Mapping[str, float]]) -> Figure:
             if np.isfinite(part):
                 axes.text(part, i, f" {part:.1%}", va="center", fontsize=_SMALL, color=INK)
         axes.set_yticks(range(len(names)), names)
-        axes.xaxis.set_major_formatter(lambda part, _: f"{part:.0%}")
+        axes.xaxis.set_major_formatter(lambda part, _: f"{100 * part:.3g}%")
+        axes.locator_params(axis="x", nbins=4)
         axes.set_xlim(0, 1.25 * np.nanmax([*values, 0.01]))
         _title(axes, title)
         _tick_small(axes)

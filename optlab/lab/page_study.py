@@ -32,7 +32,9 @@ def write(study: dict[str, Any]) -> str:
     own = [name for name in names if not findings.is_control(name)]
     about = study["about"]
     used = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    head = f"{len(own)} optimizers to the targets of {len(findings.group(study))} workloads"
+    head = (
+        f"{page.count(len(own), 'optimizer')} to the {page.count(len(about['targets']), 'target')}"
+    )
     on = f"{about['device']}. {used}."
     if not own:
         parts = [page.paragraph("No optimizer has finished all of its runs yet.")]
@@ -123,7 +125,7 @@ def _noise(found: Findings) -> list[str]:
         if np.isfinite(s).all()
     ]
     if not spreads:
-        return [f"{REFERENCE} missed targets with some seeds: the noise is as large as the effect."]
+        return [f"{REFERENCE} missed every target with some seed, so its spread is not known."]
     return [
         f"The noise: between {REFERENCE}'s own fastest and slowest of {len(steps)} seeds lie "
         f"{', '.join(spreads)} of its steps. A smaller difference means nothing."
@@ -142,12 +144,13 @@ def _curves(study: dict[str, Any], found: Findings) -> str:
 
 
 def _profiles(found: Findings) -> str:
+    workloads = len(found.workloads)
     return page.section(
         "Performance profile",
         page.picture(
             page_figures.profiles(found),
             "The share of workloads that an optimizer finishes within tau times the best median. "
-            f"With {len(found.workloads)} workloads a step is {1 / len(found.workloads):.0%}.",
+            f"With {page.count(workloads, 'workload')} a step is {1 / workloads:.0%}.",
         ),
     )
 
@@ -250,12 +253,13 @@ def _how(study: dict[str, Any], found: Findings) -> str:
             f"{space['warmup'][0]:.0%} to {space['warmup'][1]:.0%} of the steps, weight decay from "
             f"{decay} where it has one. The schedule is {about['schedule']}.",
             "The trial that comes first to the target, or lowest if none does, trains again with "
-            f"{about['seeds']} seeds that were not tuned on. A target missed by most of them is a "
-            "miss; so is more than four times the best.",
+            f"{page.count(about['seeds'], 'seed')} not tuned on. A target that most of them miss is "
+            "a miss; so is more than four times the best.",
             "An optimizer with more hyperparameters gets no more trials, and they stay at their "
             "defaults.",
-            f"{len(found.workloads)} workloads are too few for a test of significance, and "
-            f"{about['seeds']} seeds for an interval: ranges are all that is claimed.",
+            f"Too little for a test of significance, or for intervals: "
+            f"{page.count(len(found.workloads), 'workload')}, "
+            f"{page.count(about['seeds'], 'seed')}. Ranges are all that is claimed.",
             "Where between two evaluations a curve crosses the target is read off a straight line.",
             *about.get("notes", ()),
         ]),
