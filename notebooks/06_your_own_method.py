@@ -62,7 +62,7 @@ plt.rcParams.update(
 
 # %% [markdown]
 # The contract runs on meshes of eight devices. A CPU can pretend to have them, if it is told so
-# before JAX is imported.
+# before JAX is imported. So this notebook stays on the CPU.
 
 # %%
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -397,8 +397,8 @@ plt.show()
 # %% [markdown]
 # ## Is it any good?
 #
-# A fair first answer: the same model, the same data, several rates and three seeds each, beside
-# Lion and AdamW. Look at the bands before you call a winner. And this is one small problem: a claim
+# A fair first answer: the same model, the same data, several rates and seeds for each, beside Lion
+# and AdamW. Look at the bands before you call a winner. And this is one small problem: a claim
 # takes more of them, and a tuning budget that is the same for all.
 
 # %%
@@ -430,7 +430,7 @@ def final_losses(make, rates):
 
 makers = {"adamw": lambda rate: optax.adamw(rate, weight_decay=0.1)}
 for s in swept_softness:
-    name = f"softness {s:g}" if s else "lion"
+    name = f"softness {s:g}" if s else "softness 0: Lion"
     makers[name] = lambda rate, s=s: soft_lion(rate, softness=s, weight_decay=0.1)
 swept = {name: np.asarray(final_losses(m, jnp.asarray(swept_rates))) for name, m in makers.items()}
 print(f"{'held-out loss at the rates':>28}", *(f"{rate:8g}" for rate in swept_rates))
