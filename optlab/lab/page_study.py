@@ -253,8 +253,8 @@ def _how(study: dict[str, Any], found: Findings) -> str:
             f"{space['warmup'][0]:.0%} to {space['warmup'][1]:.0%} of the steps, weight decay from "
             f"{decay} where it has one. The schedule is {about['schedule']}.",
             "The trial that comes first to the target, or lowest if none does, trains again with "
-            f"{page.count(about['seeds'], 'seed')} not tuned on. A target that most of them miss is "
-            "a miss; so is more than four times the best.",
+            f"{page.count(about['seeds'], 'seed')} not tuned on. A target that most miss is a "
+            "miss; so is more than four times the best.",
             "An optimizer with more hyperparameters gets no more trials, and they stay at their "
             "defaults.",
             f"Too little for a test of significance, or for intervals: "
