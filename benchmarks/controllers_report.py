@@ -44,7 +44,7 @@ def rows(runs: Runs, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
     base = [run["loss"] for run in linear]
     found = [
         _row(f"refined {times}, peak {refined_peak} (warmup_linear_decay, peak {peak})",
-             [run["losses"][i] for run in refined], base, 1.0)
+             [run["losses"][i] for run in refined], base, max(base) / np.mean(base))
         for i, times in enumerate(("once", "twice"))
     ]  # fmt: skip
     tuned = [run["loss"] for run in _best(runs, "wsd", seeds)[1]]
@@ -69,7 +69,9 @@ def notes(runs: Runs, seeds: tuple[int, ...]) -> str:
     late = shapes[..., int(0.9 * steps)]
     ours, cosine = (runs[f"{kind}/{seeds[0]}"]["steps"] for kind in ("wsd_s", "cosines"))
     return (
-        f"Nats a byte, mean, least and largest of {len(seeds)} seeds. The schedule refined twice "
+        f"Nats a byte, mean, least and largest of {len(seeds)} seeds; beside: the mean of what is "
+        "in brackets. Refined schedules are to be no worse than its worst seed. The one refined "
+        f"twice "
         f"begins at {_range(starts)} of its peak, has it after {_range(tops)} of the run and is "
         f"at {_range(late)} when a tenth is left. AutoLRS searches as many steps as it takes. "
         f"WSD-S took {ours} steps a seed for its three checkpoints, cosine {cosine}."

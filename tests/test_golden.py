@@ -20,6 +20,7 @@ import golden_orthogonal
 import golden_random_subspace
 import golden_rates
 import golden_schedules
+import golden_score
 import golden_stable
 import golden_weights
 import jax
@@ -50,6 +51,7 @@ CHECKED = (
     | golden_random_subspace.CASES
     | golden_rates.CASES
     | golden_schedules.CASES
+    | golden_score.CASES
 )
 # Absolute, on polar factors.
 POLAR_TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
