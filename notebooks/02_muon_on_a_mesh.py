@@ -30,8 +30,9 @@
 import importlib.util
 
 if importlib.util.find_spec("optlab") is None:
-    print('optlab is missing: pip install "optlab[notebooks]"')
-    # %pip install -q "optlab[notebooks]"
+    # From the repository: on the package index the name is somebody else's.
+    print("optlab is missing: %pip install of its repository")
+    # %pip install -q "optlab[notebooks] @ git+https://github.com/$REPOSITORY"
 
 # %%
 import os

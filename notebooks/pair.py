@@ -13,7 +13,7 @@ import nbformat
 
 FOLDER = pathlib.Path(__file__).parent
 
-# OWNER and NAME of the public repository. Set it here and run this file: every badge follows.
+# OWNER/NAME of the public repository: set it and run this file; badges and install cells follow.
 REPOSITORY = "$REPOSITORY"
 
 HEADER = """\
@@ -34,12 +34,13 @@ HEADER = """\
 # ---
 """
 
-INSTALL = """\
+INSTALL = f"""\
 import importlib.util
 
 if importlib.util.find_spec("optlab") is None:
-    print('optlab is missing: pip install "optlab[notebooks]"')
-    # %pip install -q "optlab[notebooks]"
+    # From the repository: on the package index the name is somebody else's.
+    print("optlab is missing: %pip install of its repository")
+    # %pip install -q "optlab[notebooks] @ git+https://github.com/{REPOSITORY}"
 """
 
 STYLE = """\
@@ -92,9 +93,11 @@ def notebook_text(source: pathlib.Path) -> str:
 
 
 def write(source: pathlib.Path) -> None:
-    """Put the badge into a source, and write its notebook."""
+    """Put the repository into a source, and write its notebook."""
     lines = source.read_text().splitlines()
     lines = [f"# {badge(source.stem)}" if "Open in Colab" in line else line for line in lines]
+    install = INSTALL.splitlines()[-1]
+    lines = [install if line.startswith("    # %pip") else line for line in lines]
     source.write_text("\n".join(lines) + "\n")
     source.with_suffix(".ipynb").write_text(notebook_text(source))
 
