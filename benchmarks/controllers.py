@@ -65,9 +65,7 @@ class Bench:
         self.piece = max(2, config.steps // 200)
         self.problem = train.make_problem(config, text)
         self._compiled = jax.jit(self._piece_of_run)
-        self._weights = functools.cache(
-            lambda seed: model.initial_params(dataclasses.replace(config, seed=seed))
-        )
+        self._weights = functools.cache(model.make_initial_params(config))
 
     def start(self, seed: int) -> State:
         """Return where the runs of a seed begin."""
@@ -110,7 +108,7 @@ class Bench:
 
         def one(state: State, rate: jax.Array) -> tuple[State, tuple[jax.Array, jax.Array]]:
             params, opt_state, step = state
-            windows = data.batch(corpus, seed, step, self.config)  # type: ignore[bad-argument-type]
+            windows = data.batch(corpus, seed, step, self.config)
             loss, grads = jax.value_and_grad(lambda p: model.loss(structure, p, windows))(params)
             updates, opt_state = self._tx(rate).update(grads, opt_state, params)
             size = optlab.metrics(opt_state)["gradient_mean_abs"]

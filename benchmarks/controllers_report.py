@@ -71,9 +71,8 @@ def notes(runs: Runs, seeds: tuple[int, ...]) -> str:
     return (
         f"Nats a byte, mean, least and largest of {len(seeds)} seeds; beside: the mean of what is "
         "in brackets. Refined schedules are to be no worse than its worst seed. The one refined "
-        f"twice "
-        f"begins at {_range(starts)} of its peak, has it after {_range(tops)} of the run and is "
-        f"at {_range(late)} when a tenth is left. AutoLRS searches as many steps as it takes. "
+        f"twice begins at {_range(starts)} of its peak, has it after {_range(tops)} of the run and "
+        f"is at {_range(late)} when a tenth is left. AutoLRS searches as many steps as it takes. "
         f"WSD-S took {ours} steps a seed for its three checkpoints, cosine {cosine}."
     )
 

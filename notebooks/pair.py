@@ -6,6 +6,7 @@ same in all of them is written here: the header, the badge, the cells for instal
 """
 
 import pathlib
+import re
 import sys
 
 import jupytext
@@ -93,13 +94,16 @@ def notebook_text(source: pathlib.Path) -> str:
 
 
 def write(source: pathlib.Path) -> None:
-    """Put the repository into a source, and write its notebook."""
-    lines = source.read_text().splitlines()
-    lines = [f"# {badge(source.stem)}" if "Open in Colab" in line else line for line in lines]
-    install = INSTALL.splitlines()[-1]
-    lines = [install if line.startswith("    # %pip") else line for line in lines]
-    source.write_text("\n".join(lines) + "\n")
+    """Put what all have in common into a source, and write its notebook."""
+    cells = re.split(r"^(?=# %%)", source.read_text(), flags=re.MULTILINE)
+    intro = re.sub(r".*Open in Colab.*", f"# {badge(source.stem)}", cells[1])
+    cells[:4] = [HEADER + "\n", intro, _cell(INSTALL), _cell(STYLE)]
+    source.write_text("".join(cells))
     source.with_suffix(".ipynb").write_text(notebook_text(source))
+
+
+def _cell(code: str) -> str:
+    return f"# %%\n{code}\n"
 
 
 if __name__ == "__main__":

@@ -9,21 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lab_studies import SIZES
 
 from optlab.lab import cli, config, data, model, optimizers, race, study, train
 from optlab.lab.config import Config
 from optlab.lab.workloads import WORKLOADS
 
-SIZES = {
-    "steps": 4,
-    "layers": 1,
-    "width": 8,
-    "heads": 1,
-    "context": 1,
-    "batch_size": 4,
-    "rounds": 2,
-    "eval_windows": 8,
-}
 IMAGES = ("digits", "rows")
 
 

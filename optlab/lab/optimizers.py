@@ -7,7 +7,7 @@ from typing import Any
 
 import optax
 
-from optlab import codecs, quantize_state, recipes, wsd
+from optlab import codecs, quantize_state, recipes, warmup_linear_decay, wsd
 from optlab.lab import config as configs
 from optlab.lab.config import BadInput, Config
 from optlab.lab.rates import RATES
@@ -28,8 +28,8 @@ SCHEDULES: dict[str, Callable[[float, int, int], optax.Schedule]] = {
     "cosine": lambda peak, warmup, steps: optax.warmup_cosine_decay_schedule(
         0.0, peak, warmup, max(steps, warmup + 1)
     ),
-    "warmup_linear_decay": lambda peak, warmup, steps: wsd(
-        peak, warmup, 0, max(0, steps - warmup), decay="linear"
+    "warmup_linear_decay": lambda peak, warmup, steps: warmup_linear_decay(
+        peak, warmup, max(warmup, steps)
     ),
     "wsd": _wsd,
 }

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optlab.lab import data, model, optimizers, report
+from optlab.lab import data, findings, model, optimizers, report
 from optlab.lab.config import BadInput, Config
 from optlab.lab.rates import RATES
 from optlab.lab.train import Program, Runner, make_problem
@@ -147,16 +147,11 @@ def best(records: Mapping[Any, Record], target: float) -> Any:
 
     def order(key: Any) -> tuple[float, float]:
         record = records[key]
-        steps = steps_to(record, target)
         lowest = min(record["held_out"], default=np.inf)
-        return (np.inf if steps is None else steps, np.inf if record["diverged_at"] else lowest)
+        steps = findings.time(record, "step", target)
+        return (steps, np.inf if record["diverged_at"] else lowest)
 
     return min(records, key=order)
-
-
-def steps_to(record: Record, target: float) -> float | None:
-    """Return the steps, that is gradients, to the target, or None for a miss."""
-    return report.crossing([float(step) for step in record["step"]], record["held_out"], target)
 
 
 @dataclasses.dataclass(frozen=True)
