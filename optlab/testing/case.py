@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -110,6 +110,12 @@ class Case:
     def tree(self) -> Tree:
         """The parameters, built once; checks that donate or mutate copy them."""
         return self.params()
+
+    @functools.cached_property
+    def in_float64(self) -> "Case":
+        """The same with parameters, and so gradients and iterations, in float64."""
+        wide = lambda: jax.tree.map(lambda x: x.astype("float64"), self.params())  # noqa: E731
+        return replace(self, params=wide)
 
     def grads(self, index: int = 0, params: Tree = None) -> Tree:
         """Return the gradient of step `index`, for another tree where one is given."""

@@ -114,7 +114,7 @@ def check_multi_steps(case: Case) -> None:
     compare.same_types(jax.eval_shape(multi.update, half, init, half)[1], init, "bfloat16 state")
 
 
-@applies()
+@applies(two_programs=True)
 def check_apply_if_finite(case: Case) -> None:
     """`apply_if_finite` stops a NaN gradient: nothing moves, and the next step is as if first."""
     tx: Any = optax.apply_if_finite(case.make(), max_consecutive_errors=5)
@@ -142,7 +142,7 @@ def injectable(make: Callable[..., Any]) -> list[str]:
     return [name for name, p in parameters.items() if _admits_array(p.annotation)]
 
 
-@applies()
+@applies(two_programs=True)
 def check_inject_hyperparams(case: Case) -> None:
     """Hyperparameters annotated as arrays can be injected, traced, with the same numbers."""
     names = set(injectable(case.make))
@@ -178,7 +178,7 @@ def check_extra_args(case: Case) -> None:
         _same_two_steps(case, tx, "two steps with an unknown argument", unknown_argument=np.ones(3))
 
 
-@applies()
+@applies(two_programs=True)
 def check_params_none(case: Case) -> None:
     """Without params the update is the same, or a ValueError names the method and the call."""
     state = case.tx.init(case.tree)
@@ -211,7 +211,7 @@ def check_wrapper_forwards(case: Case) -> None:
     assert seen.get("note") == 3, "extra arguments are not forwarded to the inner transformation"
 
 
-@applies(needs=["recipe"])
+@applies(needs=["recipe"], two_programs=True)
 def check_constant_schedule(case: Case) -> None:
     """A constant schedule is the constant learning rate."""
     rate = default_of(case, "learning_rate")

@@ -16,14 +16,14 @@ def _loop(case: Case, step, count: int):
     return updates, state
 
 
-@applies()
+@applies(two_programs=True)
 def check_jit_equals_eager(case: Case) -> None:
     """A step under `jax.jit` and the same step run op by op agree."""
     want = _loop(case, case.tx.update, 2)
     compare.close(_loop(case, case.step, 2), want, "two steps under jit", atol=case.rounding)
 
 
-@applies()
+@applies(two_programs=True)
 def check_scan_equals_loop(case: Case) -> None:
     """Three steps inside one `lax.scan` are three steps of a loop."""
     stacked = jax.tree.map(lambda *g: jnp.stack(g), *(case.grads(i) for i in range(3)))
@@ -40,7 +40,7 @@ def check_scan_equals_loop(case: Case) -> None:
     compare.close((last, state), want, "three steps inside scan", atol=case.rounding)
 
 
-@applies()
+@applies(two_programs=True)
 def check_vmap_equals_loop(case: Case) -> None:
     """`jax.vmap` over seeds gives every seed its own run."""
     params = [case.tree, random_like(case.tree, seed=77)]
