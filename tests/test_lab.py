@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import pytest
 from rich.console import Console
 
+import optlab
 from optlab.lab import catalog, cli, figure, live, optimizers, race, report
 from optlab.lab.checkpoint import FOLDER
 
@@ -252,12 +254,17 @@ def test_the_library_does_not_import_the_lab():
     assert out.stdout.strip() == "[]"
 
 
-def test_list_prints_every_recipe(capsys):
+def test_list_prints_everything_public(capsys):
     assert cli.main(["list"]) == 0
     printed = capsys.readouterr().out
-    for row in catalog.rows():
-        assert f" {row.name} " in printed
-        assert row.summary in printed
+    rows = [*catalog.rows(), *catalog.parts()]
+    names = {row.name for row in rows}
+    assert set(optlab.__all__) - {"diagnostics"} <= names
+    assert {f"diagnostics.{name}" for name in optlab.diagnostics.__all__} <= names
+    for row in rows:
+        assert re.search(
+            rf"^{row[0]} +{re.escape(row.name)} +{re.escape(row.summary)}", printed, re.M
+        )
 
 
 def test_default_race_is_known_and_has_rates():

@@ -68,7 +68,7 @@ class Race:
     benchmark: Annotated[bool, Plain] = False
     """A study instead: everyone tuned alike on every workload, seeds, targets (runs/benchmark)."""
     trials: Whole = None
-    """Trials of a study to tune each optimizer (default 5)."""
+    """Trials of a study to tune each optimizer (default 10)."""
     seeds: Whole = None
     """Seeds of a study to train with after that (default 3)."""
     targets: Path = None
@@ -124,7 +124,7 @@ class Race:
 
 @dataclasses.dataclass(frozen=True)
 class List:
-    """Print the catalogue of optimizers."""
+    """Print the catalogue: optimizers, and all that they are made of."""
 
 
 @dataclasses.dataclass(frozen=True)
