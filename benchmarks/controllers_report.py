@@ -39,7 +39,7 @@ def _row(what: str, losses: Any, beside: Any, most: float) -> dict[str, Any]:
 
 def rows(runs: Runs, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
     """Return a row for every comparison; the loss of what it is compared with is `beside`."""
-    peak, linear = _best(runs, "warmup_linear_decay", seeds)
+    peak, linear = _best(runs, "muon_warmup_linear_decay", seeds)
     refined_peak, refined = _best(runs, "refined", seeds)
     base = [run["loss"] for run in linear]
     found = [
@@ -47,7 +47,7 @@ def rows(runs: Runs, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
              [run["losses"][i] for run in refined], base, max(base) / np.mean(base))
         for i, times in enumerate(("once", "twice"))
     ]  # fmt: skip
-    tuned = [run["loss"] for run in _best(runs, "wsd", seeds)[1]]
+    tuned = [run["loss"] for run in _best(runs, "scion_wsd", seeds)[1]]
     for start in _starts(runs):
         of_start = _each(runs, "autolrs", seeds, start)
         losses, after = ([run[key] for run in of_start] for key in ("loss", "loss_of_schedule"))
@@ -119,7 +119,6 @@ def _draw_rates(ax: Any, runs: Runs, seeds: tuple[int, ...]) -> None:
         for run in _each(runs, "autolrs", seeds, start):
             ends = np.array(run["ends"]) / run["ends"][-1]
             ax.stairs(run["rates"], ends, baseline=None, color=colour, linewidth=1.8, alpha=0.8)
-    ax.set_ylim(5e-5, 2e-1)
     page.log_axis(ax.yaxis)
 
 
