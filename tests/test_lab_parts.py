@@ -199,10 +199,15 @@ def test_steps_to_the_target_say_how_many_fewer(steps, cell):
 
 
 def test_labels_do_not_touch():
-    spots = figure.spread([1.0, 1.01, 1.02, 3.0], 0.1)
+    spots = figure.spread([1.0, 1.01, 1.02, 3.0], 0.1, low=0.0, high=4.0)
     assert spots == sorted(spots)
     assert all(b - a > 0.099 for a, b in itertools.pairwise(spots))
     assert spots[3] == 3.0
+
+
+def test_labels_stay_inside():
+    spots = figure.spread([2.99, 3.0, 0.0], 0.1, low=0.05, high=3.0)
+    assert spots == pytest.approx([2.9, 3.0, 0.05])
 
 
 def test_schedules_rise_and_end_at_zero():

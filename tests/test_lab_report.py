@@ -5,6 +5,7 @@ import dataclasses
 import html.parser
 import json
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from lab_studies import make
@@ -183,3 +184,14 @@ def test_a_band_goes_from_the_least_to_the_largest():
     found = page_figures.line(records)
     assert (found.low[0], found.middle[0], found.high[0], len(found.x)) == (3, 4, 5, 1)
     assert page_figures.line([{"step": [], "held_out": []}]) is None
+
+
+def test_names_stay_below_the_title_and_apart():
+    axes = plt.figure().add_subplot()
+    ends = {"far above": 9.0, "above": 3.0, "at the top": 1.0, "low": 0.1}
+    page_figures._name(axes, ends, dict.fromkeys(ends, "black"))
+    heights = {text.get_text(): text.xy[1] for text in axes.texts}
+    heights = [heights[name] for name in ends]
+    assert heights[0] < 1, "a name over the title"
+    assert (np.diff(heights) < -0.05).all(), "names on each other"
+    plt.close()

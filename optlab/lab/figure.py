@@ -40,8 +40,11 @@ def _limits(results: dict[str, Any]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def spread(wanted: list[float], gap: float) -> list[float]:
-    """Push labels apart to at least `gap`, each as near as can be to where it is wanted."""
+def spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
+    """Push labels apart to at least `gap`, each as near as can be to where it is wanted.
+
+    None is higher than `high`, nor lower than `low` while there is room for all.
+    """
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     placed = [wanted[i] for i in order]
     for _ in range(200):
@@ -50,6 +53,8 @@ def spread(wanted: list[float], gap: float) -> list[float]:
             if lack > 0:
                 placed[i] -= lack / 2
                 placed[i + 1] += lack / 2
+    placed = [max(y, low + i * gap) for i, y in enumerate(placed)]
+    placed = [min(y, high - i * gap) for i, y in enumerate(reversed(placed))][::-1]
     spots = dict(zip(order, placed, strict=True))
     return [spots[i] for i in range(len(wanted))]
 
@@ -114,7 +119,9 @@ def _label(
     """Write each name and final loss beside the end of its curve."""
     low, high = axes.get_ylim()
     wanted = [min(y, high) for _, _, y in labelled]
-    for (name, x, y), spot in zip(labelled, spread(wanted, 0.055 * (high - low)), strict=True):
+    gap = 0.055 * (high - low)
+    spots = spread(wanted, gap, low + gap / 2, high)
+    for (name, x, y), spot in zip(labelled, spots, strict=True):
         final = results["losses"][name]["final"]
         text = f"{name}  {final:.3f}" if final is not None else f"{name}  diverged"
         if y <= high:

@@ -42,8 +42,10 @@ def _panels(count: int, labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
 def _name(axes: Axes, ends: Mapping[str, float], colours: Mapping[str, str]) -> None:
     """Write the names at the right edge, each as near to its height as the others allow."""
     low, high = axes.get_ylim()
+    ends = dict(sorted(ends.items(), key=lambda end: end[1]))  # those off the panel as well
     wanted = [(min(max(y, low), high) - low) / (high - low) for y in ends.values()]
-    for name, spot in zip(ends, figure.spread(wanted, 0.19 / _PLOT), strict=True):
+    gap = 0.19 / _PLOT
+    for name, spot in zip(ends, figure.spread(wanted, gap, 0, 1 - gap / 2), strict=True):
         axes.annotate(
             name, (1, spot), xycoords="axes fraction", xytext=(6, 0), textcoords="offset points",
             va="center", color=colours[name], fontsize=_SMALL, fontweight="bold",

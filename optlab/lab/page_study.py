@@ -107,7 +107,8 @@ def _first(study: dict[str, Any], found: Findings) -> str:
                    "budget: median of the seeds, their range, times the best."),
         page.paragraph(
             "B is AlgoPerf's score, the mean over workloads of max(0, 4 - r)/3 with r the time "
-            "over the best one; in brackets the range if any one seed stood alone. Where these "
+            "over the best one; in brackets the range if any one seed stood alone, "
+            "which B need not lie in, as each workload's median may be another seed's. Where these "
             f"ranges overlap, B tells no one apart. The speed against {REFERENCE} is the geometric "
             "mean over workloads, for those who reached every target."
         ),
@@ -245,8 +246,8 @@ def _how(study: dict[str, Any], found: Findings) -> str:
     decay = " to ".join(f"{x:g}" for x in space["weight_decay"])
     return page.section(
         "How it was measured",
-        page.table(heads, rows, "Targets were set once, by a baseline tuned with twice the budget "
-                   "in three quarters of the steps, and are kept with the code."),
+        page.table(heads, rows, "Targets were set once, by a tuned baseline in three quarters of "
+                   "the steps, and are kept with the code."),
         page.points([
             f"Every optimizer has {about['trials']} trials at the same points of a Halton "
             f"sequence: rate over {space['decades']:g} decades around its recorded one, warm-up of "

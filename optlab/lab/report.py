@@ -36,8 +36,16 @@ def device() -> str:
     """Return what computed, in words."""
     first = jax.devices()[0]
     if first.platform == "cpu":
-        return f"{os.cpu_count()} CPU cores"
+        cores = cores_to_use()
+        return f"{cores} CPU core{'s' * (cores > 1)}"
     return first.device_kind
+
+
+def cores_to_use() -> int:
+    """Return the processor cores this process may run on, which can be fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def millions(count: int) -> str:
