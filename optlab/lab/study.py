@@ -27,7 +27,8 @@ from optlab.lab.train import Program, Runner, make_problem
 
 STORE = "study.json"
 DEFAULT_OPTIMIZERS = ("adamw", "sgd", "muon", "normuon", "lion", "diffgrad")
-TRIALS, SEEDS = 5, 3
+# The first five of these trials miss the best rate of AdamW on rows, and everyone the target there.
+TRIALS, SEEDS = 10, 3
 SCHEDULE = "warmup_linear_decay"
 TUNING_SEED = 0  # the seeds that count are 1, 2, ...: no one was tuned on them
 # The one space for all; weight decay where the recipe has it.
