@@ -23,6 +23,7 @@ import optax
 import optlab
 from benchmarks import gradients, hlo, methods, table, trees
 from benchmarks.described import optimizer_step
+from optlab.lab import report
 from optlab.linalg import subspace
 
 RESULTS = Path(__file__).parent / "results"
@@ -267,10 +268,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.low_rank", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    first = jax.devices()[0]
-    device = f"{os.cpu_count()} CPU cores" if first.platform == "cpu" else first.device_kind
     threads = os.environ.get("OPENBLAS_NUM_THREADS")
-    facts = table.about(f"{device}, OPENBLAS_NUM_THREADS {threads or 'not set'}", SEED)
+    facts = table.about(f"{report.device()}, OPENBLAS_NUM_THREADS {threads or 'not set'}", SEED)
 
     found = gradients.race_gradients({*KEPT, *KEPT.values()})
     small = _collect(gradient_rows(found))

@@ -10,7 +10,6 @@ compile, beside optax's. Writes benchmarks/results/orthogonalize{,_compile}.{jso
 import argparse
 import dataclasses
 import itertools
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ import optax
 
 import optlab
 from benchmarks import hlo, methods, table, trees
+from optlab.lab import report
 from optlab.linalg import polar
 
 RESULTS = Path(__file__).parent / "results"
@@ -199,9 +199,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--skip", choices=("kernels", "compile"), help="leave one table alone")
     asked = parser.parse_args()
-    first = jax.devices()[0]
-    device = f"{os.cpu_count()} CPU cores" if first.platform == "cpu" else first.device_kind
-    facts = table.about(device, SEED)
+    facts = table.about(report.device(), SEED)
     if asked.skip != "compile":
         notes = (
             f"One step of the optimizer, params and state donated; the least of {COMPILATIONS} "

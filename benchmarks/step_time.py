@@ -9,7 +9,6 @@ does. Writes benchmarks/results/step_time.{json,md}.
 
 import argparse
 import gc
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ import optax
 import optlab
 from benchmarks import handwritten_matrices, hlo, methods, table, trees
 from benchmarks.handwritten import BY_NAME, IN_PLACE, Handwritten
+from optlab.lab import report
 
 RESULTS = Path(__file__).parent / "results" / "step_time"
 SEED = 0
@@ -177,8 +177,6 @@ def main() -> None:
             print(", ".join(f"{head} {value}" for head, value in row.items()), flush=True)
             rows.append(row)
         gc.collect()
-    first = jax.devices()[0]
-    device = f"{os.cpu_count()} CPU cores" if first.platform == "cpu" else first.device_kind
     notes = (
         "GPT of 196 leaves, 11.8 M float32 parameters, donated. `ratio`: to the fastest of the "
         f"other forms, median over {asked.turns or TURNS} turns of {STEPS} steps each, of "
@@ -186,7 +184,7 @@ def main() -> None:
         "the parameters' bytes. `in place` overwrites the weights in the middle of the step, which "
         "an optax transformation, whose updates are added to them, cannot do."
     )
-    table.write(asked.out, "Time of one step", table.about(device, SEED), rows, notes)
+    table.write(asked.out, "Time of one step", table.about(report.device(), SEED), rows, notes)
 
 
 if __name__ == "__main__":
