@@ -33,6 +33,8 @@ figure { margin: 1em 0; break-inside: avoid; }
 figure img { width: 100%; height: auto; }
 .wide { overflow-x: auto; break-inside: avoid; }
 .wide.long { break-inside: auto; }
+@media screen and (max-width: 760px) { figure { overflow-x: auto; } figure img { width: 760px; }
+  table:not(.words) td { white-space: nowrap; } }
 @page { size: A4; margin: 14mm; }
 @media print { body { font-size: 10.5px; margin: 0; padding: 0; max-width: none; }
   .wide { overflow: visible; } }
