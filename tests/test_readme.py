@@ -5,11 +5,12 @@ import json
 import re
 
 import guide
+import numpy as np
 import pytest
 import test_docstrings
 
 import optlab
-from optlab.lab import catalog
+from optlab.lab import catalog, findings
 
 RESULTS = guide.ROOT / "benchmarks" / "results"
 TEXT = {page: page.read_text() for page in guide.PAGES}
@@ -139,6 +140,40 @@ def test_times_beside_optax_are_the_recorded_ones(method):
     line = re.search(rf"(?m)^\| `{method}`, (GPT of 196|the same).*$", TEXT[guide.README])[0]
     assert f"| 1, {ours['temp %']:.0f} %" in line
     assert f"| {theirs['ms'] / ours['ms']:.1f}, {theirs['temp %']:.0f} %" in line
+
+
+def test_the_study_found_what_is_said_of_it():
+    store, text = recorded("study_runs"), " ".join(TEXT[guide.README].split())
+    names = [name for name in findings.complete(store) if not findings.is_control(name)]
+    found = findings.find(store, names)
+    gpt, digits, rows = (found.workloads.index(name) for name in ("gpt", "digits", "rows"))
+    ours, adamw = names.index("normuon"), names.index("adamw")
+    for workload in (gpt, digits):
+        assert (found.steps[:, :, workload].argmin(1) == ours).all()
+    medians = found.medians(found.steps)
+    times = medians[adamw] / medians[ours]
+    said = "NorMuon comes first with every seed, in {:.1f} and {:.1f} times fewer steps than AdamW"
+    assert said.format(times[gpt], times[digits]) in text
+    assert np.flatnonzero(np.isfinite(found.steps[:, :, rows]).any(0)).tolist() == [adamw]
+    assert "the one on rows only AdamW comes to, which set it" in text
+    assert store["about"]["targets"]["rows"]["set_by"]["optimizer"] == "adamw"
+
+
+def test_one_run_beside_three_is_the_recorded_one():
+    text = " ".join(TEXT[guide.README].split())
+    ratios = [row["ratio"] for row in recorded("controllers")["rows"] if "WSD-S" in row["run"]]
+    less = [f"{100 * (1 - ratio):.1f}" for ratio in ratios]
+    said = "losses are {}, {} and {} % below those of three cosine runs of 4200 steps in all"
+    assert said.format(*less) in text
+
+
+@pytest.mark.parametrize("preset", ["quick", "small"])
+def test_every_recipe_ends_below_what_is_said(preset):
+    text = " ".join(TEXT[guide.README].split())
+    bound = float(re.search(r"what counting pairs of bytes reaches \(([\d.]+) nats\)", text)[1])
+    losses = [row["held-out loss"] for row in recorded(f"catalogue_{preset}")["rows"]]
+    assert len(losses) >= len(list(evidence()))
+    assert max(losses) < bound
 
 
 # --- links ----------------------------------------------------------------------------------------
