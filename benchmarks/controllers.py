@@ -5,9 +5,11 @@ the first of them.
 
 1. Refinement under Muon: the gradient norms of a run with `warmup_linear_decay` give a schedule,
    those of the run with it give the next. Do warm-up and annealing emerge, and is the loss no
-   worse? In batches of 4, as the theory is about gradients of much noise. In batches of 16 (one
-   seed) the refined schedule ended 0.5 % worse after 2000 steps; under AdamW, whose loss rises
-   steeply above its best rate, 1.4 to 3.4 % worse after 1000 to 4000.
+   worse? In batches of 4, as the theory is about gradients of much noise. In batches of 16 the
+   refined schedule ended 0.5 % worse after 2000 steps, in batches of 2 0.3 to 0.6 % after 6000.
+   Elsewhere it was clearly worse than a tuned linear decay: under AdamW by 1.4 to 3.4 % after 1000
+   to 4000 steps, under Scion by 1.5 to 2.1 %, under SGD, by its l2 norms, by 2.1 %; under Muon by
+   nuclear norms, which are those its steps are dual to, by 1.6 % (one seed each).
 2. WSD-S under Muon: are its checkpoints at three budgets no worse by more than 1 % than those of
    three cosine runs, which take twice the steps?
 3. AutoLRS under Scion: after a bad start, a twentieth of the run at a rate far too small or too
