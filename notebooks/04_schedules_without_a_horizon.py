@@ -389,8 +389,8 @@ plt.show()
 # %% [markdown]
 # ## What to take home
 #
-# - You know the horizon: `warmup_linear_decay`, or `refined` if a run of the same kind has left its
-#   norms.
+# - You know the horizon: `warmup_linear_decay` or `wsd`; `refined` where the norms of a run of the
+#   same kind ask for another line.
 # - You do not: `infinite`, and a `branch` whenever someone asks for a model.
 # - You want one run and several finished models, and no copies: `wsd_s`.
 # - Tune the peak for each schedule by itself.
