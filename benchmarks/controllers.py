@@ -20,6 +20,7 @@ the first of them.
    under Muon three times the best rate falls fastest over 100 steps, and after 200 with it the run
    ended 11 % worse with the best rates that followed. After a start at ten times the rate AutoLRS
    ended 8.6 % above the tuned schedule, that schedule 21 % above its run without (one seed each).
+   So optimizer, stages and starts here were chosen after others had failed.
 
 What is found goes to results/controllers_runs.json at once, and what is there already is kept, so
 this can be stopped and gone on with; then controllers.json, .md and .png are made of it. All runs
