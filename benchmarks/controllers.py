@@ -5,11 +5,14 @@ the first of them.
 
 1. Refinement under Muon: the gradient norms of a run with `warmup_linear_decay` give a schedule,
    those of the run with it give the next. Do warm-up and annealing emerge, and is the loss no
-   worse? In batches of 4, as the theory is about gradients of much noise. In batches of 16 the
-   refined schedule ended 0.5 % worse after 2000 steps, in batches of 2 0.3 to 0.6 % after 6000.
-   Elsewhere it was clearly worse than a tuned linear decay: under AdamW by 1.4 to 3.4 % after 1000
-   to 4000 steps, under Scion by 1.5 to 2.1 %, under SGD, by its l2 norms, by 2.1 %; under Muon by
-   nuclear norms, which are those its steps are dual to, by 1.6 % (one seed each).
+   worse? In batches of 4, as the theory is about gradients of much noise. It is worse here, and was
+   wherever else it was tried, one or two seeds each: after refining once and twice by 0.5 to 1.1 %
+   with medians of 2 and 5 % of the run, 0.7 and 1.5 % with a weight decay of 0.1, and by more at
+   1.4 times the peak; 0.5 % in batches of 16 after 2000 steps, 0.3 to 0.6 % in batches of 2 after
+   6000; by nuclear norms, which are those Muon's steps are dual to, 1.6 %. Under AdamW 1.4 to 3.4 %
+   after 1000 to 4000 steps, under Scion 1.5 to 2.1 %, under SGD, by its l2 norms, 2.1 %, and under
+   Signum and Lion, whose steps the l1 norm is dual to, 1.8 and 8.9 %. In all of these norms rise
+   during the run, under Muon to 1.4 times, Lion 1.8; so what is refined falls before linear decay.
 2. WSD-S under Muon: are its checkpoints at three budgets no worse by more than 1 % than those of
    three cosine runs, which take twice the steps?
 3. AutoLRS under Scion: after a bad start, a twentieth of the run at a rate far too small or too

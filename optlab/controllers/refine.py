@@ -29,6 +29,11 @@ def refine_schedule(
     `measures.gradient_mean_abs` for "adam": these are the l2 and l1 norms up to a factor, which
     normalizing takes out.
 
+    Try it beside linear decay, with both peaks tuned: the smaller the norms are the larger is the
+    rate, whatever made them so. On the race's text model they rose in every run with linear decay,
+    under six optimizers, and no refined schedule ended below a tuned linear one: 0.3 % above it
+    under Muon, 1.4 to 9 % under the others.
+
     Args:
       grad_norms: one norm per step, or per k steps, finite and > 0; T of them, T >= 2.
       optimizer: "sgd" for l2 norms; "adam", for methods that divide by the gradient's size entry by
