@@ -50,9 +50,9 @@ def mesh_of(kind: AxisType, shape: tuple[int, ...] = (2, 2, 2)) -> jax.sharding.
 
 
 def draw(seed: int, low: float = -1.0, high: float = 1.0, leaves: Any = LEAVES) -> Any:
-    """Return random leaves on the host, the same for the same seed."""
-    rng = np.random.default_rng(seed)
-    return {k: rng.uniform(low, high, shape).astype("f4") for k, (shape, _) in leaves.items()}
+    """Return random leaves on the host, the same for the same seed; float64 where JAX has it."""
+    rng, dtype = np.random.default_rng(seed), jnp.result_type(float)
+    return {k: rng.uniform(low, high, shape).astype(dtype) for k, (shape, _) in leaves.items()}
 
 
 def shardings_on(mesh: jax.sharding.Mesh | None, leaves: Any = LEAVES) -> Any:

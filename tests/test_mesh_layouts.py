@@ -50,13 +50,15 @@ def joined(tree):
 
 @pytest.mark.parametrize("name", RATES)
 def test_matrices_of_one_leaf_are_trained_as_leaves_of_their_own(name):
-    # The scheme of each stack differs from that of the single matrices, and so does its rounding.
+    # The scheme of each stack differs from that of the single matrices, and so does its rounding,
+    # which Newton-Schulz raises: in float32 up to 2e-5.
     mesh = mesh_of(AxisType.Explicit)
-    with jax.set_mesh(mesh):
-        problem = trees(shardings_on(mesh, TOGETHER), TOGETHER)
-        together = train(recipe(name, layout=POLICY), problem, 4)
-    alone = type(problem)(*(split(jax.device_get(tree)) for tree in problem))
-    apart = train(recipe(name), alone, 4)
+    with jax.enable_x64(True):
+        with jax.set_mesh(mesh):
+            problem = trees(shardings_on(mesh, TOGETHER), TOGETHER)
+            together = train(recipe(name, layout=POLICY), problem, 4)
+        alone = type(problem)(*(split(jax.device_get(tree)) for tree in problem))
+        apart = train(recipe(name), alone, 4)
     (start, _), (got, _), (want, _) = together.at[0], together.at[4], apart.at[4]
     assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, joined(want))
-    assert off(got, joined(want), start) < 1e-5
+    assert off(got, joined(want), start) < 1e-12

@@ -74,8 +74,14 @@ def _kept(axes: Axes, where: Placement) -> list[tuple[str, ...]]:
 
 
 def _starts(shape: tuple[int, ...], names: list[tuple[str, ...]]) -> list[Any]:
-    """Return where this device's part of that shape begins."""
-    return [jax.lax.axis_index(n) * size if n else 0 for size, n in zip(shape, names, strict=True)]
+    """Return where this device's part of that shape begins.
+
+    The first place is int32 as an axis's index is: with jax_enable_x64 a plain 0 would not be.
+    """
+    return [
+        jax.lax.axis_index(n) * size if n else jnp.int32(0)
+        for size, n in zip(shape, names, strict=True)
+    ]
 
 
 def _whole_sums(
