@@ -28,6 +28,8 @@ KINDS = {
     "dense": {"kind": "dense"},
     "orthonormal": {"kind": "dense", "orthonormal": True},
 }
+# A normal number is the same in every program if a loop rounds it as a vector does.
+compiled = functools.partial(jax.jit, compiler_options=FULL)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_kind_and_form = pytest.mark.parametrize(
     ("kind", "scales"),
@@ -48,7 +50,7 @@ def _maps(params, dim, **arguments):
     tx = random_subspace(MOVED, dim, **arguments)
     state = tx.init(params)
     column = jax.vmap(lambda move: tx.update(params, state, params, move=move)[0])
-    columns = jax.jit(column)(jnp.eye(dim, dtype=state.coordinates.dtype))
+    columns = compiled(column)(jnp.eye(dim, dtype=state.coordinates.dtype))
     return {k: np.asarray(x, np.float64).reshape(dim, -1).T for k, x in columns.items()}
 
 
@@ -122,8 +124,6 @@ def test_fastfood_is_the_papers_matrix_and_project_its_transpose(size, dim):
 @pytest.mark.parametrize("chunk", [1, 50, 2**20])
 def test_dense_chunks_are_rows_of_one_matrix(chunk, monkeypatch):
     monkeypatch.setattr(fastfood, "CHUNK", chunk)
-    # A normal number is the same in every chunk if a loop rounds it as a vector does.
-    compiled = functools.partial(jax.jit, compiler_options=FULL)
     key = jax.random.key(3)
     with jax.enable_x64(True):
         z, x = (jnp.asarray(random_like((n,), 1), jnp.float64) for n in (7, 23))
@@ -141,7 +141,7 @@ def test_dense_chunks_are_rows_of_one_matrix(chunk, monkeypatch):
 def test_the_gradient_of_the_coordinates_is_by_the_true_transpose(kind, dim):
     with jax.enable_x64(True):
         tx, g = random_subspace(optax.identity(), dim, **KINDS[kind]), _tree(seed=1)
-        _, state = jax.jit(tx.update)(g, tx.init(g))
+        _, state = compiled(tx.update)(g, tx.init(g))
         np.testing.assert_allclose(state.coordinates, _stacked(_exact(kind, dim)).T @ flat(g))
 
 
@@ -168,7 +168,7 @@ def test_trajectory_is_the_references(kind, scales, dtype):
         inner, dim = optax.sgd(rate, momentum=momentum), 9 + leaves * scales
         tx = random_subspace(inner, dim, layerwise_scale=scales, **KINDS[kind])
         params, *fed = [{k: jnp.asarray(x, dtype) for k, x in tree.items()} for tree in trees]
-        state, step = tx.init(params), jax.jit(tx.update)
+        state, step = tx.init(params), compiled(tx.update)
         for t, (g, want) in enumerate(zip(fed, expected, strict=True)):
             updates, state = step(g, state, params)
             params = optax.apply_updates(params, updates)
@@ -199,7 +199,7 @@ def test_training_is_that_of_the_coordinates_themselves(kind, scales):
             return {k: p + (s * (maps[k] @ z)).reshape(p.shape) for (k, p), s in moved}
 
         tx = random_subspace(inner, dim, layerwise_scale=scales, **KINDS[kind])
-        state, step = tx.init(params), jax.jit(tx.update)
+        state, step = tx.init(params), compiled(tx.update)
         coordinates, theirs = state.coordinates, inner.init(state.coordinates)
         descend = jax.jit(lambda c, s: inner.update(jax.grad(lambda c: _loss(at(c)))(c), s, c))
         for _ in range(STEPS):
@@ -216,7 +216,7 @@ def test_training_is_that_of_the_coordinates_themselves(kind, scales):
 def test_all_moves_lie_in_the_range_of_the_map_where_the_state_says(kind):
     maps = _stacked(_exact(kind, 7))
     tx, params = random_subspace(optax.adam(0.1), 7, **KINDS[kind]), _tree("float32")
-    state, moved, step = tx.init(params), 0.0, jax.jit(tx.update)
+    state, moved, step = tx.init(params), 0.0, compiled(tx.update)
     for t in range(3):
         updates, state = step(_tree("float32", seed=t + 1), state, params)
         moved = moved + flat(updates)

@@ -5,6 +5,7 @@ import json
 import re
 
 import guide
+import jax
 import numpy as np
 import pytest
 import test_docstrings
@@ -25,15 +26,23 @@ BLOCKS = {
 PRINTED = ("readme: Compose it 0", "readme: Orthogonalize on a mesh 0")
 
 
+# A CPU has no memory of its host's before jaxlib 0.10.2, as the guide says.
+ON_THE_HOST = "notebooks: Keep the state on the host 0"
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_runs_alone(name, monkeypatch, capsys):
+    if name == ON_THE_HOST and jax.__version_info__ < (0, 10, 2):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="device_placement for Host"):
+            guide.run(*BLOCKS[name], monkeypatch)
+        return
     guide.run(*BLOCKS[name], monkeypatch)
     printed = capsys.readouterr().out.strip()
     assert name not in PRINTED or f"```\n{printed}\n```" in TEXT[guide.README]
 
 
 def test_every_block_is_run():
-    assert set(PRINTED) < set(BLOCKS)
+    assert {*PRINTED, ON_THE_HOST} < set(BLOCKS)
     assert len(BLOCKS) == sum(text.count("```python\n") for text in TEXT.values()) == 26
 
 
