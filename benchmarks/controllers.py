@@ -5,7 +5,7 @@ the first of them.
 
 1. Refinement under Muon: the gradient norms of a run with `warmup_linear_decay` give a schedule,
    those of the run with it give the next. Do warm-up and annealing emerge, and is the loss no
-   worse? In batches of 4, as the theory is about gradients of much noise. It is worse here, and was
+   worse? In batches of 4, as the theory is about gradients of much noise. It is worse here in the mean, and was
    wherever else it was tried, one or two seeds each: after refining once and twice by 0.5 to 1.1 %
    with medians of 2 and 5 % of the run, 0.7 and 1.5 % with a weight decay of 0.1, and by more at
    1.4 times the peak; 0.5 % in batches of 16 after 2000 steps, 0.3 to 0.6 % in batches of 2 after
