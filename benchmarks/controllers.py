@@ -5,8 +5,8 @@ the first of them.
 
 1. Refinement under Muon: the gradient norms of a run with `warmup_linear_decay` give a schedule,
    those of the run with it give the next. Do warm-up and annealing emerge, and is the loss no
-   worse? In batches of 4, as the theory is about gradients of much noise. It is worse here in the mean, and was
-   wherever else it was tried, one or two seeds each: after refining once and twice by 0.5 to 1.1 %
+   worse? In batches of 4, as the theory is about gradients of much noise. In the mean it is worse,
+   and so it was elsewhere, one or two seeds each: after refining once and twice by 0.5 to 1.1 %
    with medians of 2 and 5 % of the run, 0.7 and 1.5 % with a weight decay of 0.1, and by more at
    1.4 times the peak; 0.5 % in batches of 16 after 2000 steps, 0.3 to 0.6 % in batches of 2 after
    6000; by nuclear norms, which are those Muon's steps are dual to, 1.6 %. Under AdamW 1.4 to 3.4 %
