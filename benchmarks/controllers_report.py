@@ -134,7 +134,7 @@ def _draw_refined(ax: Any, runs: Runs) -> list[tuple[str, float, str]]:
     once, twice = _shapes(runs, "refined")
     of_constant, _ = _shapes(runs, "refined_constant")
     groups = {"of a constant rate": of_constant, "refined once": once, "refined twice": twice}
-    colours = page.COLOURS[2], *page.COLOURS[:2]
+    colours = page.COLOURS[4], *page.COLOURS[:2]
     for shapes, colour in zip(groups.values(), colours, strict=True):
         for shape in shapes:
             ax.plot(np.arange(len(shape)) / len(shape), shape, color=colour, linewidth=1, alpha=0.5)
