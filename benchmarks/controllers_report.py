@@ -61,6 +61,8 @@ def rows(runs: Runs) -> list[dict[str, Any]]:
                  [run["losses"][i] for run in refined], base, 1.0)
             for i, times in enumerate(("once", "twice"))
         ]  # fmt: skip
+    first = [run["loss"] for run in _best(runs, "refined")[1]][:3]
+    found.insert(2, _row("refined twice, norms of linear decay, first three", first, base[:3], 1.0))
     tuned = [run["loss"] for run in _best(runs, "scion_wsd")[1]]
     for start in _starts(runs):
         of_start = _each(runs, "autolrs", start)
@@ -86,20 +88,12 @@ def notes(runs: Runs) -> str:
         "Nats a byte, mean, least and largest of the seeds; beside: the mean of what is in "
         "brackets; error: the ratio's standard error, from the seeds' differences. The batches for "
         "refinement, and AutoLRS's optimizer, stages and starts, were chosen after others had done "
-        "worse (benchmarks/controllers.py says which). Seeds 0 to 2 came first: by them alone the "
-        f"loss refined twice from linear decay is {_ratio_of_first(runs):.4f} of linear decay's, "
-        "and the others were added as three could not tell. That schedule "
-        f"begins at {_range(starts)} of its peak, has it after {_range(tops)} of the run and is at "
-        f"{_range(late)} when a tenth is left. AutoLRS searches as many steps as it takes. WSD-S "
-        f"took {ours} steps a seed for its three checkpoints, cosine {cosine}."
+        "worse (benchmarks/controllers.py says which). Refinement's first three seeds have a row "
+        "of their own; the others were added as three could not tell. What is refined twice from "
+        f"linear decay begins at {_range(starts)} of its peak, has it after {_range(tops)} of the "
+        f"run and is at {_range(late)} when a tenth is left. AutoLRS searches as many steps as it "
+        f"takes. WSD-S took {ours} steps a seed for its three checkpoints, cosine {cosine}."
     )
-
-
-def _ratio_of_first(runs: Runs) -> float:
-    """Return the ratio of refining twice by the first three seeds."""
-    of = [_best(runs, kind)[1][:3] for kind in ("refined", "muon_warmup_linear_decay")]
-    refined, linear = (sum(run["loss"] for run in three) for three in of)
-    return refined / linear
 
 
 def _range(values: np.ndarray) -> str:
